@@ -62,13 +62,13 @@ def check_tensor(
     fits = len(shape) == len(wanted)
     if fits:
         for size, want in zip(shape, wanted, strict=True):
-            fits = fits and size == (want if isinstance(want, int) else bound.setdefault(want, size))
+            fits = fits and size == (
+                want if isinstance(want, int) else bound.setdefault(want, size)
+            )
     if not fits:
         known = {w: bound[w] for w in wanted if isinstance(w, str) and w in (sizes or {})}
         told = "".join(f", with {k} = {v}" for k, v in known.items())
-        raise ValueError(
-            f"{name}: expected shape [{', '.join(map(str, dims))}]{told}, got {got}"
-        )
+        raise ValueError(f"{name}: expected shape [{', '.join(map(str, dims))}]{told}, got {got}")
     if finite:
         check_finite(name, value)
     return bound

@@ -51,9 +51,13 @@ def progress(
 
 
 @contextmanager
-def progress_counter(description: str, *, total: int, unit: str = "it") -> Iterator[tqdm[int]]:
-    """A bar to be moved by hand: ``with progress_counter(...) as bar: bar.update(n)``."""
-    with tqdm(
-        total=total, desc=description, unit=f" {unit}", disable=is_silent(), leave=False
-    ) as bar:
+def progress_counter(
+    description: str | None, *, total: int, unit: str = "it"
+) -> Iterator[tqdm[int]]:
+    """A bar to be moved by hand: ``with progress_counter(...) as bar: bar.update(n)``.
+
+    Without a description nothing is shown.
+    """
+    hidden = description is None or is_silent()
+    with tqdm(total=total, desc=description, unit=f" {unit}", disable=hidden, leave=False) as bar:
         yield bar

@@ -1,0 +1,19 @@
+"""From images to sets of local features: backbones, extractors, the pyramid, packing."""
+
+from emd_retrieval.features.backbones import Backbone, load_backbone
+from emd_retrieval.features.extraction import FeatureSet, extract_features
+from emd_retrieval.features.extractors import FCNExtractor
+from emd_retrieval.features.packing import global_vectors, pack, unpack
+from emd_retrieval.features.pyramid import pyramid_pool
+
+__all__ = [
+    "Backbone",
+    "FCNExtractor",
+    "FeatureSet",
+    "extract_features",
+    "global_vectors",
+    "load_backbone",
+    "pack",
+    "pyramid_pool",
+    "unpack",
+]

@@ -1,0 +1,193 @@
+"""Backbones: any timm model as a dense feature extractor, ``[B, 3, h, w] -> [B, D, H, W]``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module):
+    """A timm model without its classifier and pooling.
+
+    Build it with :func:`load_backbone`.
+
+    Attributes:
+        name: timm's name of the model.
+        layer: ``None`` for the last feature map, or the index of an intermediate one.
+        channels: D, the channels of the feature map.
+        mean: Input mean for RGB in [0, 1].
+        std: Input standard deviation for RGB in [0, 1].
+        input_size: Side of the square images it was trained on, in pixels.
+    """
+
+    def __init__(self, model: nn.Module, name: str, layer: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+        self.layer = layer
+        config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        self.mean = tuple(config.get("mean") or (0.485, 0.456, 0.406))
+        self.std = tuple(config.get("std") or (0.229, 0.224, 0.225))
+        self.input_size = int((config.get("input_size") or (3, 224, 224))[-1])
+        with torch.no_grad():
+            training = model.training
+            model.eval()
+            probe = self(torch.zeros(1, 3, self.input_size, self.input_size))
+            model.train(training)
+        self.channels = int(probe.shape[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Feature maps of normalised images. Shape: ``[B, 3, h, w] -> [B, D, H, W]``."""
+        if self.layer is not None:
+            maps: list[Tensor] = self.model.forward_intermediates(
+                images, indices=[self.layer], intermediates_only=True, output_fmt="NCHW"
+            )
+            return maps[0]
+        features: Tensor = self.model.forward_features(images)
+        if features.ndim == 3:
+            return _tokens_to_map(features, self.model, images)
+        if features.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            return features.permute(0, 3, 1, 2)
+        if features.ndim != 4:
+            raise ValueError(
+                f"backbone: {self.name} has no spatial feature map (its features have shape "
+                f"{list(features.shape)}); choose another, or an intermediate layer"
+            )
+        return features
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, for a result record."""
+        return {"backbone": self.name, "layer": self.layer, "channels": self.channels}
+
+
+def load_backbone(
+    name: str = "resnet50",
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    layer: int | None = None,
+) -> Backbone:
+    """Load a timm model as a dense feature extractor.
+
+    Args:
+        name: A timm model, with or without a weights tag. timm's default for ``resnet50`` is a later
+            training recipe; ``resnet50.tv_in1k`` has the weights of the paper's time.
+        weights: A local ``.safetensors``, ``.pth`` or ``.pt`` file in timm's names; only tensors are
+            read from it. A classifier in it is left out.
+        pretrained: Without ``weights``, whether to fetch timm's weights from its hub; ``False`` gives
+            random ones.
+        layer: Index of an intermediate feature map, negative from the end; the last one by default.
+
+    Returns:
+        The backbone, in evaluation mode.
+
+    Raises:
+        ValueError: If timm has no such model, the model no such layer, or the weights do not fit.
+        FileNotFoundError: If ``weights`` is not a file.
+        RuntimeError: If the hub cannot be reached.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        hint = f"; nearest names: {', '.join(near)}" if near else ""
+        raise ValueError(f"backbone: timm has no model {name!r}{hint}")
+    if weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(f"weights: no file {str(weights)!r}")
+    try:
+        model = timm.create_model(
+            name, pretrained=pretrained and weights is None, num_classes=0, global_pool=""
+        )
+    except (OSError, RuntimeError) as error:
+        if weights is not None or not pretrained:
+            raise
+        raise RuntimeError(
+            f"backbone: the weights of {name!r} could not be fetched from timm's hub "
+            f"({_first_line(error)}). Pass a local file instead: weights=FILE (--weights FILE)"
+        ) from error
+    if weights is not None:
+        _load_weights(model, name, Path(weights))
+    if layer is not None:
+        _check_layer(model, name, layer)
+    return Backbone(model, name, layer).eval()
+
+
+def _load_weights(model: nn.Module, name: str, path: Path) -> None:
+    state = read_weights(path)
+    own = model.state_dict()
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    extra = sorted(k for k in state if k not in own and not k.startswith(heads or ("\0",)))
+    missing = sorted(k for k in own if k not in state)
+    shapes = sorted(k for k in own if k in state and own[k].shape != state[k].shape)
+    if extra or missing or shapes:
+        problems = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for keys, what in (
+                (missing, "missing"),
+                (extra, "unknown"),
+                (shapes, "of another shape"),
+            )
+            if keys
+        ]
+        raise ValueError(
+            f"weights: {path.name} does not fit {name!r}: {'; '.join(problems)}. "
+            f"It must hold the state of that timm model, in timm's names"
+        )
+    model.load_state_dict({k: v for k, v in state.items() if k in own})
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a file, tensors only; no code in it is run.
+
+    Raises:
+        ValueError: If the file is not a state dict.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"weights: {path.name} is not a readable weights file ({_first_line(error)})"
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"weights: {path.name} holds no state dict (names to tensors)")
+    return dict(state)
+
+
+def _check_layer(model: nn.Module, name: str, layer: int) -> None:
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"layer: {name!r} offers no intermediate feature maps")
+    count = len(model.feature_info) if hasattr(model, "feature_info") else len(model.blocks)
+    if not -count <= layer < count:
+        raise ValueError(f"layer: {name!r} has feature maps 0 to {count - 1}, got {layer}")
+
+
+def _tokens_to_map(tokens: Tensor, model: nn.Module, images: Tensor) -> Tensor:
+    """Transformer tokens without the class and register ones, back on their grid."""
+    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    cells = tokens[:, prefix:]
+    patch = getattr(model, "patch_embed", None)
+    if patch is not None and hasattr(patch, "dynamic_feat_size"):
+        height, width = patch.dynamic_feat_size(images.shape[-2:])
+    else:
+        height = width = math.isqrt(cells.shape[1])
+    if height * width != cells.shape[1]:
+        raise ValueError(
+            f"backbone: {cells.shape[1]} tokens of a {list(images.shape[-2:])} image form no grid"
+        )
+    return cells.mT.reshape(len(cells), cells.shape[2], height, width)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

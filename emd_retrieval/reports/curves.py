@@ -1,0 +1,46 @@
+"""Curves: shortlist size against metrics and latency."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+# Okabe-Ito blue, orange, green; markers repeat the distinction without colour.
+_STYLES = {"P@1": ("#0072B2", "o"), "RP": ("#E69F00", "s"), "MAP@R": ("#009E73", "^")}
+
+
+def shortlist_figure(curve: pd.DataFrame, raw: dict[str, float] | None = None) -> Figure:
+    """Metrics (left) and latency a query (right) against the shortlist size.
+
+    Args:
+        curve: Columns ``shortlist``, ``P@1``, ``RP``, ``MAP@R`` (percent) and ``ms a query``.
+        raw: The same metrics without re-ranking, drawn as dashed lines.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
+    missing = {"shortlist", "ms a query", *_STYLES} - set(curve.columns)
+    if missing:
+        raise ValueError(f"curve: expected columns {sorted(missing)}, got {list(curve.columns)}")
+    figure = Figure(figsize=(7.2, 2.9), dpi=150, layout="constrained")
+    quality, latency = figure.subplots(1, 2)
+    for metric, (color, marker) in _STYLES.items():
+        quality.plot(curve["shortlist"], curve[metric], color=color, marker=marker, label=metric)
+        if raw is not None:
+            quality.axhline(raw[metric], color=color, linestyle="--", linewidth=0.9)
+    quality.set(ylabel="percent", title="dashed: Raw" if raw else "")
+    quality.title.set_fontsize(8)
+    quality.legend(fontsize=8, frameon=False)
+    latency.plot(curve["shortlist"], curve["ms a query"], color="#555555", marker="D")
+    latency.set(ylabel="median latency a query (ms)", ylim=(0, None))
+    for axes in (quality, latency):
+        axes.set(xscale="log", xlabel="shortlist size (images compared by EMD)")
+        axes.set_xticks(curve["shortlist"], [str(size) for size in curve["shortlist"]], fontsize=7)
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure
