@@ -75,7 +75,7 @@ def check_tensor(
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """Raise ``ValueError`` naming the first entry along the leading dimension that is not finite."""
+    """Raise ``ValueError`` naming the first entry that is not finite."""
     if value.numel() == 0 or bool(torch.isfinite(value).all()):
         return
     bad = ~torch.isfinite(value)

@@ -1,4 +1,4 @@
-"""The one progress bar of the package: long work shows itself, pipes and ``--quiet`` stay silent."""
+"""The one progress bar of the package: long work shows itself; pipes and quiet runs do not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -53,11 +53,8 @@ def progress(
 @contextmanager
 def progress_counter(
     description: str | None, *, total: int, unit: str = "it"
-) -> Iterator[tqdm[int]]:
-    """A bar to be moved by hand: ``with progress_counter(...) as bar: bar.update(n)``.
-
-    Without a description nothing is shown.
-    """
+) -> Iterator[tqdm[Any]]:
+    """A bar to be moved by hand, with ``bar.update(n)``; without a description none is shown."""
     hidden = description is None or is_silent()
     with tqdm(total=total, desc=description, unit=f" {unit}", disable=hidden, leave=False) as bar:
         yield bar

@@ -37,6 +37,7 @@ class ResultRecord:
         name: Short name, used for file names: letters, digits, ``-`` and ``_``.
         title: One line for people.
         tables: Result tables; the first is the main one.
+        summary: The main table laid out for people; markdown shows it in its place.
         settings: Everything that was chosen, as plain JSON values.
         data: What the data was: name, counts, fingerprint.
         seed: Seed of the run.
@@ -55,6 +56,7 @@ class ResultRecord:
     settings: Mapping[str, Any]
     data: Mapping[str, Any]
     seed: int
+    summary: pd.DataFrame | None = None
     notes: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
     command: str = field(default_factory=lambda: command_line())
@@ -91,10 +93,8 @@ class ResultRecord:
             "figures": list(self.figures),
             "versions": dict(self.versions),
             "hardware": dict(self.hardware),
-            "tables": {
-                name: json.loads(table.to_json(orient="records", double_precision=10))
-                for name, table in self.tables.items()
-            },
+            "summary": None if self.summary is None else _rows(self.summary),
+            "tables": {name: _rows(table) for name, table in self.tables.items()},
         }
         return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 
@@ -104,6 +104,8 @@ class ResultRecord:
         for number, (name, table) in enumerate(self.tables.items()):
             if number:
                 parts += [f"## {name}", ""]
+            elif self.summary is not None:
+                table = self.summary
             parts += [markdown_table(table), ""]
         parts += [f"- {note}" for note in self.notes]
         parts += [""] * bool(self.notes)
@@ -152,6 +154,8 @@ class ResultRecord:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             tables = {name: pd.DataFrame(rows) for name, rows in content.pop("tables").items()}
+            if content["summary"] is not None:
+                content["summary"] = pd.DataFrame(content["summary"])
             content["notes"] = tuple(content["notes"])
             content["figures"] = tuple(content["figures"])
             return cls(tables=tables, **content)
@@ -185,6 +189,10 @@ def _cell(value: Any) -> str:
         return "" if value != value else f"{value:.2f}"
     # A pipe or a line break inside a cell would break the table.
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _rows(table: pd.DataFrame) -> Any:
+    return json.loads(table.to_json(orient="records", double_precision=10))
 
 
 def _inline(values: Mapping[str, Any]) -> str:

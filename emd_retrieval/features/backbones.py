@@ -30,7 +30,7 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, name: str, layer: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.name = name
         self.layer = layer
         config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
@@ -78,12 +78,12 @@ def load_backbone(
     """Load a timm model as a dense feature extractor.
 
     Args:
-        name: A timm model, with or without a weights tag. timm's default for ``resnet50`` is a later
-            training recipe; ``resnet50.tv_in1k`` has the weights of the paper's time.
-        weights: A local ``.safetensors``, ``.pth`` or ``.pt`` file in timm's names; only tensors are
-            read from it. A classifier in it is left out.
-        pretrained: Without ``weights``, whether to fetch timm's weights from its hub; ``False`` gives
-            random ones.
+        name: A timm model, with or without a weights tag. timm's default for ``resnet50`` is a
+            later training recipe; ``resnet50.tv_in1k`` has the weights of the paper's time.
+        weights: A local ``.safetensors``, ``.pth`` or ``.pt`` file in timm's names; only tensors
+            are read from it. A classifier in it is left out.
+        pretrained: Without ``weights``, whether to fetch timm's weights from its hub; ``False``
+            gives random ones.
         layer: Index of an intermediate feature map, negative from the end; the last one by default.
 
     Returns:
@@ -164,7 +164,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _check_layer(model: nn.Module, name: str, layer: int) -> None:
+def _check_layer(model: Any, name: str, layer: int) -> None:
     if not hasattr(model, "forward_intermediates"):
         raise ValueError(f"layer: {name!r} offers no intermediate feature maps")
     count = len(model.feature_info) if hasattr(model, "feature_info") else len(model.blocks)

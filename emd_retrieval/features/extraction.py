@@ -82,7 +82,7 @@ def extract_features(
     )
     total = len(dataset)  # type: ignore[arg-type]
     training = extractor.training
-    extractor = extractor.to(device=device, memory_format=torch.channels_last).eval()
+    extractor = extractor.to(device).to(memory_format=torch.channels_last).eval()
     nodes, pooled, labels, rows = [], [], [], []
     with torch.inference_mode(), progress_counter(description, total=total, unit="image") as bar:
         for images, label, row in loader:

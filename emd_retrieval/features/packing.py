@@ -1,4 +1,4 @@
-"""Packed sets: ``[B, N * D]`` where other libraries only take 2-D embeddings, ``[B, N, D]`` inside."""
+"""Packed sets: ``[B, N * D]`` for libraries that take 2-D embeddings, ``[B, N, D]`` inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature pyramid (Figure 3a): one feature map pooled at several sizes into one set of nodes."""
+"""The feature pyramid (Figure 3a): one feature map pooled at several sizes into one set."""
 
 from __future__ import annotations
 

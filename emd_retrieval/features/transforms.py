@@ -30,7 +30,7 @@ def evaluation_transform(
     """
     if not 0 < crop <= resize:
         raise ValueError(f"crop: expected 1 to resize = {resize} pixels, got {crop}")
-    return v2.Compose(
+    transform: Callable[[Any], Tensor] = v2.Compose(
         [
             v2.PILToTensor(),
             v2.Resize(resize, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
@@ -39,3 +39,4 @@ def evaluation_transform(
             v2.Normalize(backbone.mean, backbone.std),
         ]
     )
+    return transform

@@ -6,6 +6,7 @@ Ground cost, node weights and solver meet here; models, files and indexes are un
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_retrieval._checks import check_positive, check_tensor
+from emd_retrieval._checks import check_finite, check_positive, check_tensor
 from emd_retrieval.matching.ground_costs import GroundCost, ground_cost
 from emd_retrieval.matching.node_weights import NodeWeights, node_weights
 from emd_retrieval.progress import progress_counter
 from emd_retrieval.transport import emd, solve
+from emd_retrieval.transport.problem import InvalidProblemError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,10 @@ class SetMatch:
 class EMDMatcher:
     """Compares images as sets of local features by the Earth Mover's Distance.
 
-    ``similarity = sum(flow * (1 - cost)) / mass`` (Equation 3, the mass divided out): 1 for a set with
-    itself. Every method is differentiable in both sets, costs and weights alike, works in float32 (or
-    float64 for float64 sets) whatever autocast says, and takes sets of different sizes on the two
-    sides.
+    ``similarity = sum(flow * (1 - cost)) / mass`` (Equation 3, the mass divided out): 1 for a set
+    with itself. Every method is differentiable in both sets, costs and weights alike, works in
+    float32 (or float64 for float64 sets) whatever autocast says, and takes sets of different sizes
+    on the two sides.
 
     Args:
         ground_cost: ``"cosine"`` (Equation 2) or ``"centered_cosine"`` (the reference code).
@@ -54,8 +56,8 @@ class EMDMatcher:
         weight_floor: Added to every cross-reference weight.
         weight_floor_scale: ``"relative"`` to the features' scale, or ``"absolute"``.
         solver: A solver of :func:`emd_retrieval.transport.solve`.
-        memory_mb: Rough bound on the temporary memory of one chunk of pairs, in MiB. Small chunks stay
-            in the caches; where gradients are asked for, what they need is kept on top.
+        memory_mb: Rough bound on the temporary memory of one chunk of pairs, in MiB. Small chunks
+            stay in the caches; where gradients are asked for, what they need is kept on top.
 
     Raises:
         ValueError: If a name is unknown or a number out of range.
@@ -65,8 +67,8 @@ class EMDMatcher:
         >>> sets = torch.randn(3, 14, 8, generator=torch.Generator().manual_seed(0))
         >>> matcher.all_pairs(sets).shape
         torch.Size([3, 3])
-        >>> matcher.paired(sets, sets)
-        tensor([1., 1., 1.])
+        >>> bool((matcher.paired(sets, sets) - 1).abs().max() < 1e-6)
+        True
     """
 
     ground_cost: str = "cosine"
@@ -121,7 +123,7 @@ class EMDMatcher:
             ValueError: If shapes do not fit or values are not finite.
         """
         _check_sets(query, reference, leading="...")
-        with _full_precision(query):
+        with _solving(query, reference):
             query, reference = _in_solver_precision(query, reference)
             supply, demand = self._node_weights.paired(query, reference)
             return 1 - emd(self._cost(query, reference), supply, demand, solver=self.solver)
@@ -129,7 +131,7 @@ class EMDMatcher:
     def match(self, query: Tensor, reference: Tensor) -> SetMatch:
         """Like :meth:`paired`, with costs, weights and flow, and without gradients."""
         _check_sets(query, reference, leading="...")
-        with torch.no_grad(), _full_precision(query):
+        with torch.no_grad(), _solving(query, reference):
             query, reference = _in_solver_precision(query, reference)
             supply, demand = self._node_weights.paired(query, reference)
             cost = self._cost(query, reference)
@@ -161,7 +163,7 @@ class EMDMatcher:
         if reference is None:
             reference = query
         _check_sets(query, reference, leading="B")
-        with _full_precision(query):
+        with _solving(query, reference):
             query, reference = _in_solver_precision(query, reference)
             if among_themselves and self.symmetric:
                 return self._all_pairs_symmetric(query, description)
@@ -196,7 +198,7 @@ class EMDMatcher:
         gathered = reference.shape[1] * reference.shape[2]
         chunk = max(1, self._pairs_at_once(query, reference, gathered) // max(1, count))
         with (
-            _full_precision(query),
+            _solving(query, reference),
             progress_counter(description, total=candidates.numel(), unit="pair") as bar,
         ):
             query, reference = _in_solver_precision(query, reference)
@@ -297,8 +299,16 @@ def _upper_pairs(at: slice, to: slice, device: torch.device) -> tuple[Tensor, Te
     return kept[:, 0], kept[:, 1]
 
 
-def _full_precision(like: Tensor) -> torch.autocast:
-    return torch.autocast(device_type=like.device.type, enabled=False)
+@contextmanager
+def _solving(query: Tensor, reference: Tensor) -> Iterator[None]:
+    """Autocast off, and faults of costs told as what they are to the caller: faults of features."""
+    with torch.autocast(device_type=query.device.type, enabled=False):
+        try:
+            yield
+        except InvalidProblemError:
+            check_finite("query", query)
+            check_finite("reference", reference)
+            raise
 
 
 def _in_solver_precision(query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

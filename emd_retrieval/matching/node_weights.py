@@ -26,7 +26,7 @@ def normalize_weights(weights: Tensor, total: float = 1.0) -> Tensor:
 
 
 class NodeWeights(Protocol):
-    """Gives both sides' weights, normalised to a total of one, in the three layouts of a matcher."""
+    """Gives both sides' weights, each side normalised to a total of one."""
 
     def paired(self, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """``[..., N, D], [..., M, D] -> [..., N], [..., M]``."""
@@ -46,9 +46,9 @@ class CrossReferenceWeights:
     Args:
         floor: Added to every weight, so that no node is lost (reference code: 1e-3; Equation 11 has
             none).
-        floor_scale: ``"relative"`` measures the floor in units of the two sets' root-mean-square node
-            norms, so that scaling the features by any constant changes nothing: PML's testers and
-            ``InferenceModel`` L2-normalise packed sets. ``"absolute"`` is the reference code's.
+        floor_scale: ``"relative"`` measures the floor in units of the two sets' root-mean-square
+            node norms, so that scaling the features by any constant changes nothing: PML's testers
+            and ``InferenceModel`` L2-normalise packed sets. ``"absolute"`` is the reference code's.
 
     Example:
         >>> weights = CrossReferenceWeights(floor=0.0)

@@ -57,8 +57,9 @@ class _PackedSetDistance(BaseDistance):
 class DeepEMDSimilarity(_PackedSetDistance):
     """The DeepEMD similarity (Equation 3 over the mass), for losses that take similarities.
 
-    In [-1, 1] under cosine costs, 1 for a set with itself; ``is_inverted`` as PML's cosine similarity.
-    Differentiable in costs and node weights by the exact duals of the transport problem.
+    In [-1, 1] under cosine costs, 1 for a set with itself; ``is_inverted`` as PML's cosine
+    similarity. Differentiable in costs and node weights by the exact duals of the transport
+    problem.
 
     Args:
         channels: D, the channels of a node. Embeddings are packed sets ``[B, N * D]``; sets of
@@ -67,7 +68,8 @@ class DeepEMDSimilarity(_PackedSetDistance):
         **kwargs: Passed on to PML's ``BaseDistance`` (``power``, ``collect_stats``).
 
     Raises:
-        ValueError: If ``channels`` is not positive; when called, if a width is not a multiple of it.
+        ValueError: If ``channels`` is not positive; when called, if a width is not a multiple of
+            it.
 
     Example:
         >>> import torch

@@ -5,6 +5,7 @@ from emd_retrieval.retrieval.evaluation import (
     Evaluation,
     compare_rankings,
     evaluate_sets,
+    evaluate_vectors,
     summarize,
 )
 from emd_retrieval.retrieval.knn import EMDKNN, search_sets
@@ -28,6 +29,7 @@ __all__ = [
     "bootstrap_interval",
     "compare_rankings",
     "evaluate_sets",
+    "evaluate_vectors",
     "map_at_r",
     "precision_at_1",
     "r_precision",

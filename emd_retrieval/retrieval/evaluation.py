@@ -61,6 +61,7 @@ def compare_rankings(
     query_labels: Tensor,
     gallery_labels: Tensor | None = None,
     *,
+    gallery_includes_query: bool | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Score rankings of the same queries, with bootstrap intervals over the queries.
@@ -69,6 +70,7 @@ def compare_rankings(
         rankings: The first is the baseline; gains over it are paired query by query.
         query_labels: Shape: ``[Q]``.
         gallery_labels: Shape: ``[R]``; ``None`` where query and gallery are the same.
+        gallery_includes_query: See :func:`score_ranking`.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -77,7 +79,9 @@ def compare_rankings(
     if not rankings:
         raise ValueError("rankings: expected at least one, got none")
     scores = {
-        name: score_ranking(ranking, query_labels, gallery_labels)
+        name: score_ranking(
+            ranking, query_labels, gallery_labels, gallery_includes_query=gallery_includes_query
+        )
         for name, ranking in rankings.items()
     }
     baseline = next(iter(scores))
@@ -117,8 +121,8 @@ def evaluate_sets(
 
     Args:
         query: Images to search with.
-        gallery: Images to search in; ``None`` searches the queries among themselves, each query left
-            out of its own answer (the protocol of Table 8).
+        gallery: Images to search in; ``None`` searches the queries among themselves, each query
+            left out of its own answer (the protocol of Table 8).
         matcher: The EMD similarity; the paper's by default.
         shortlist: How many candidates the first stage hands over; ``None`` compares all pairs.
         method: What to call the re-ranked method.
@@ -132,22 +136,12 @@ def evaluate_sets(
     matcher = EMDMatcher() if matcher is None else matcher
     same = gallery is None
     target = query if gallery is None else gallery
-    _check_features(query, target)
     exclude = torch.arange(len(query)) if same else None
-    limit = len(target) - int(same)
-    relevant = relevant_counts(query.labels, target.labels, gallery_includes_query=same)
-    deepest = int(relevant.max())
-    if deepest < 1:
-        raise ValueError(
-            "labels: no query has another image of its class in the gallery, so there is no R to "
-            "measure against. Each class needs at least two images (or one in a separate gallery)"
-        )
+    deepest = _deepest_r(query, gallery)
     if shortlist is not None:
         check_shortlist(shortlist, deepest)
-        shortlist = min(shortlist, limit)
-    index = FaissShortlist(target.global_vectors)
-    depth = min(limit, max(deepest, shortlist or _CURVE_SIZES[-1]))
-    first = index.search(query.global_vectors, depth, exclude=exclude)
+        shortlist = min(shortlist, len(target) - int(same))
+    index, first = _first_stage(query, gallery, max(deepest, shortlist or _CURVE_SIZES[-1]))
     if shortlist is None:
         matrix = matcher.all_pairs(
             query.nodes, None if same else target.nodes, description="EMD, all pairs"
@@ -178,6 +172,50 @@ def evaluate_sets(
     )
 
 
+def evaluate_vectors(
+    query: FeatureSet, gallery: FeatureSet | None = None, *, seed: int = 0
+) -> Evaluation:
+    """Retrieve by global vectors alone and score that.
+
+    Args:
+        query: Images to search with.
+        gallery: Images to search in; ``None`` searches the queries among themselves.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        ValueError: As :func:`evaluate_sets`.
+    """
+    _, first = _first_stage(query, gallery, _deepest_r(query, gallery))
+    return compare_rankings(
+        {"Raw": first}, query.labels, None if gallery is None else gallery.labels, seed=seed
+    )
+
+
+def _deepest_r(query: FeatureSet, gallery: FeatureSet | None) -> int:
+    """The largest R of any query, after a look at the features."""
+    target = query if gallery is None else gallery
+    _check_features(query, target)
+    relevant = relevant_counts(query.labels, target.labels, gallery_includes_query=gallery is None)
+    deepest = int(relevant.max()) if len(relevant) else 0
+    if deepest < 1:
+        raise ValueError(
+            "labels: no query has another image of its class in the gallery, so there is no R to "
+            "measure against. Each class needs at least two images (or one in a separate gallery)"
+        )
+    return deepest
+
+
+def _first_stage(
+    query: FeatureSet, gallery: FeatureSet | None, depth: int
+) -> tuple[FaissShortlist, Ranking]:
+    """The index over global vectors, and its answer down to ``depth`` places."""
+    target = query if gallery is None else gallery
+    exclude = torch.arange(len(query)) if gallery is None else None
+    index = FaissShortlist(target.global_vectors)
+    depth = min(depth, len(target) - int(gallery is None))
+    return index, index.search(query.global_vectors, depth, exclude=exclude)
+
+
 def check_shortlist(shortlist: int, deepest: int) -> None:
     """Raise ``ValueError``, with the reason, if a shortlist cannot hold the largest R."""
     check_positive("shortlist", shortlist)
@@ -199,13 +237,16 @@ def summarize(metrics: pd.DataFrame) -> pd.DataFrame:
     for name, part in metrics.groupby("method", sort=False):
         rows.append(
             {"method": name}
-            | {r.metric: f"{r.value:.1f} [{r.low:.1f}, {r.high:.1f}]" for r in part.itertuples()}
+            | {
+                str(r.metric): f"{r.value:.1f} [{r.low:.1f}, {r.high:.1f}]"
+                for r in part.itertuples()
+            }
         )
         if part["gain"].notna().all():
             rows.append(
                 {"method": f"gain of {name}"}
                 | {
-                    r.metric: f"{r.gain:+.1f} [{r.gain_low:+.1f}, {r.gain_high:+.1f}]"
+                    str(r.metric): f"{r.gain:+.1f} [{r.gain_low:+.1f}, {r.gain_high:+.1f}]"
                     for r in part.itertuples()
                 }
             )

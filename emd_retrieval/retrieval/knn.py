@@ -35,7 +35,8 @@ def search_sets(
         gallery: Shape: ``[R, M, D]``.
         k: Depth of the answer.
         matcher: The EMD similarity.
-        shortlist: How many candidates of the first stage are compared by EMD; ``None`` compares all.
+        shortlist: How many candidates of the first stage are compared by EMD; ``None`` compares
+            all.
         index: The first stage over the gallery; made from ``gallery`` if not given.
         global_node: Where the global vector is, see :func:`emd_retrieval.features.global_vectors`.
         exclude: A gallery row to leave out for each query. Shape: ``[Q]``.
@@ -56,14 +57,15 @@ def search_sets(
 
 
 class EMDKNN:
-    """Nearest neighbours by EMD for PML: ``knn_func=`` of an ``AccuracyCalculator``, tester or model.
+    """Nearest neighbours by EMD: ``knn_func=`` of PML's ``AccuracyCalculator`` or a model.
 
-    Only packed sets pass through PML, so the first stage's global vector is a function of the set: the
-    node ``global_node`` (the 1x1 level of a pyramid) or the mean of the normalised nodes.
+    Only packed sets pass through PML, so the first stage's global vector is a function of the set:
+    the node ``global_node`` (the 1x1 level of a pyramid) or the mean of the normalised nodes.
 
     Args:
         channels: D, the channels of a node.
-        shortlist: How many candidates the first stage hands to the EMD; ``None`` compares all pairs.
+        shortlist: How many candidates the first stage hands to the EMD; ``None`` compares all
+            pairs.
         matcher: The EMD similarity; the paper's by default.
         global_node: Index of the global node, for instance ``-1`` for the pyramid (3, 2, 1).
         reset_before: Forget the reference sets before a call that brings its own.
@@ -117,8 +119,8 @@ class EMDKNN:
             ref_includes_query: The first Q references are the queries; each leaves itself out.
 
         Returns:
-            Distances (``1 - similarity``; infinite where only the first stage ranked) ``[Q, k]`` and
-            reference rows ``[Q, k]``, nearest first.
+            Distances (``1 - similarity``; infinite where only the first stage ranked) ``[Q, k]``
+            and reference rows ``[Q, k]``, nearest first.
 
         Raises:
             ValueError: If there is nothing to search, or shapes or ``k`` do not fit.

@@ -29,7 +29,8 @@ class RetrievalScores:
 
     Attributes:
         mean: Percent, keyed by ``"P@1"``, ``"RP"``, ``"MAP@R"``; from PML's ``AccuracyCalculator``.
-        per_query: Percent, one column a metric and one row a query that has relevant gallery images.
+        per_query: Percent, one column a metric and one row a query that has relevant gallery
+            images.
         queries: Rows of those queries. Shape: ``[q]``.
         left_out: How many queries have none and are left out.
     """
@@ -101,6 +102,8 @@ def score_ranking(
     ranking: Ranking,
     query_labels: Tensor,
     gallery_labels: Tensor | None = None,
+    *,
+    gallery_includes_query: bool | None = None,
 ) -> RetrievalScores:
     """P@1, RP and MAP@R of a ranking, in percent.
 
@@ -109,11 +112,13 @@ def score_ranking(
             must not be among them where query and gallery are the same.
         query_labels: Shape: ``[Q]``.
         gallery_labels: Shape: ``[R]``; ``None`` where query and gallery are the same.
+        gallery_includes_query: The first Q gallery rows are the queries, and no query's R counts
+            itself; by default so exactly where ``gallery_labels`` is ``None``.
 
     Raises:
         ValueError: If no query has a relevant gallery image, or the ranking is too shallow.
     """
-    same = gallery_labels is None
+    same = gallery_labels is None if gallery_includes_query is None else gallery_includes_query
     gallery_labels = query_labels if gallery_labels is None else gallery_labels
     check_tensor("query_labels", query_labels, [len(ranking)], floating=False)
     check_tensor("gallery_labels", gallery_labels, ["R"], floating=False)
@@ -171,7 +176,7 @@ def _pml_means(
         knn_func=_GivenRanking(ranking),
     )
     # PML keeps labels as float32, so they are renumbered to stay exact.
-    classes, numbered = torch.unique(torch.cat([query_labels, gallery_labels]), return_inverse=True)
+    _, numbered = torch.unique(torch.cat([query_labels, gallery_labels]), return_inverse=True)
     queries, gallery = numbered[: len(query_labels)], numbered[len(query_labels) :]
     means = calculator.get_accuracy(
         torch.zeros(len(queries), 1),

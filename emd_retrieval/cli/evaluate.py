@@ -1,0 +1,193 @@
+"""``emd-retrieval evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  a dataset, its classes 101 to 200, the paper's pyramid, every pair compared:
+    emd-retrieval evaluate --data CUB_200_2011 --classes 101-200 --backbone resnet50.tv_in1k \\
+        --extractor fcn --pyramid 3,2,1 --shortlist all
+  any folder of class sub-folders, weights from a file:
+    emd-retrieval evaluate --data photos/ --backbone resnet50 --weights resnet50.safetensors
+  embeddings you have: packed sets of 128-channel nodes, query and gallery apart:
+    emd-retrieval evaluate --embeddings query.npy --labels query_labels.npy --channels 128 \\
+        --gallery-embeddings gallery.parquet
+  a ranking you have (columns query, id), labels by id:
+    emd-retrieval evaluate --ranking ranking.csv --labels labels.csv --baseline before.csv
+"""
+
+
+def add_command(commands: Any) -> argparse.ArgumentParser:
+    """Add ``evaluate`` to the command line."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "evaluate",
+        help="P@1, RP and MAP@R: Raw against DeepEMD",
+        description="Retrieve by global vectors, re-rank by EMD; report P@1, RP and MAP@R.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_argument_group("what to evaluate (one of)")
+    what = source.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, metavar="DIR", help="images: CUB or class sub-folders")
+    what.add_argument("--embeddings", type=Path, metavar="FILE", help=".npy or .parquet")
+    what.add_argument("--ranking", type=Path, metavar="FILE", help=".csv or .parquet: query, id")
+
+    images = parser.add_argument_group("images")
+    images.add_argument("--classes", metavar="SPEC", help="for instance 26-50 or 1,3,7-9 (all)")
+    images.add_argument("--gallery", type=Path, metavar="DIR", help="search here, not in --data")
+    images.add_argument("--backbone", default="resnet50", metavar="NAME", help="timm (resnet50)")
+    images.add_argument(
+        "--weights", type=Path, metavar="FILE", help="local file; timm's hub without"
+    )
+    images.add_argument("--layer", type=int, metavar="I", help="intermediate feature map (last)")
+    images.add_argument("--extractor", default="fcn", choices=["fcn"], help="local features (fcn)")
+    images.add_argument("--pyramid", default="3,2,1", metavar="SIZES", help="levels (3,2,1)")
+    images.add_argument("--include-map", action="store_true", help="append the feature map's cells")
+    images.add_argument("--resize", type=int, default=256, metavar="PX", help="short side (256)")
+    images.add_argument("--crop", type=int, default=224, metavar="PX", help="centre crop (224)")
+    images.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
+    images.add_argument("--device", default=None, help="torch device (cuda where there is one)")
+    images.add_argument("--bf16", action="store_true", help="run the backbone in bfloat16")
+    images.add_argument("--workers", type=int, metavar="N", help="decoding processes (by cores)")
+    images.add_argument("--skip-errors", action="store_true", help="leave unreadable images out")
+
+    stored = parser.add_argument_group("stored embeddings and rankings")
+    stored.add_argument("--labels", type=Path, metavar="FILE", help=".npy, .csv or .parquet")
+    stored.add_argument("--channels", type=int, metavar="D", help="of packed sets [n, N*D]")
+    stored.add_argument("--global-node", type=int, metavar="I", help="the 1x1 node (mean of nodes)")
+    stored.add_argument("--gallery-embeddings", type=Path, metavar="FILE", help="search here")
+    stored.add_argument("--gallery-labels", type=Path, metavar="FILE", help="its labels")
+    stored.add_argument("--query-labels", type=Path, metavar="FILE", help="of a ranking's queries")
+    stored.add_argument("--baseline", type=Path, metavar="FILE", help="a ranking to compare with")
+
+    matching = parser.add_argument_group("matching")
+    matching.add_argument(
+        "--shortlist", default="100", metavar="K|all", help="candidates compared by EMD (100)"
+    )
+    matching.add_argument(
+        "--ground-cost", default="cosine", choices=["cosine", "centered_cosine"], help="(cosine)"
+    )
+    matching.add_argument(
+        "--node-weights",
+        default="cross_reference",
+        choices=["cross_reference", "uniform"],
+        help="(cross_reference)",
+    )
+    matching.add_argument("--weight-floor", type=float, default=1e-3, metavar="F", help="(0.001)")
+    matching.add_argument("--solver", default="simplex", help="transport solver (simplex)")
+
+    out = parser.add_argument_group("output")
+    out.add_argument("--output", type=Path, metavar="DIR", help="folder (runs/evaluate)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate, write the results folder, print the table."""
+    import torch
+
+    from emd_retrieval import workflows
+    from emd_retrieval.cli.printing import print_record, set_threads
+    from emd_retrieval.features.extraction import default_workers
+    from emd_retrieval.matching import EMDMatcher
+
+    set_threads(options.threads)
+    _refuse_foreign(options)
+    output = options.output or Path("runs/evaluate")
+    matcher = EMDMatcher(
+        ground_cost=options.ground_cost,
+        weights=options.node_weights,
+        weight_floor=options.weight_floor,
+        solver=options.solver,
+    )
+    shortlist = _shortlist(options.shortlist)
+    if options.data is not None:
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        record, _ = workflows.evaluate_images(
+            workflows.EvaluateImages(
+                data=options.data,
+                classes=options.classes,
+                gallery=options.gallery,
+                backbone=options.backbone,
+                weights=options.weights,
+                layer=options.layer,
+                pyramid=_pyramid(options.pyramid),
+                include_map=options.include_map,
+                resize=options.resize,
+                crop=options.crop,
+                shortlist=shortlist,
+                matcher=matcher,
+                batch_size=options.batch_size,
+                device=device,
+                bf16=options.bf16,
+                num_workers=default_workers() if options.workers is None else options.workers,
+                skip_errors=options.skip_errors,
+                seed=options.seed,
+            ),
+            output,
+        )
+    elif options.embeddings is not None:
+        record, _ = workflows.evaluate_stored_sets(
+            workflows.EvaluateSets(
+                embeddings=options.embeddings,
+                labels=options.labels,
+                channels=options.channels,
+                gallery_embeddings=options.gallery_embeddings,
+                gallery_labels=options.gallery_labels,
+                global_node=options.global_node,
+                shortlist=shortlist,
+                matcher=matcher,
+                seed=options.seed,
+            ),
+            output,
+        )
+    else:
+        if options.labels is None:
+            raise ValueError("--ranking needs --labels FILE: a table with columns id and label")
+        record, _ = workflows.evaluate_ranking(
+            workflows.EvaluateRanking(
+                ranking=options.ranking,
+                labels=options.labels,
+                query_labels=options.query_labels,
+                baseline=options.baseline,
+                seed=options.seed,
+            ),
+            output,
+        )
+    print_record(record, output)
+
+
+def _shortlist(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"--shortlist: expected a positive whole number or 'all', got {text!r}")
+    return int(text)
+
+
+def _pyramid(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise ValueError(f"--pyramid: expected sizes as in 3,2,1, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _refuse_foreign(options: argparse.Namespace) -> None:
+    """An option that the chosen source does not read is a misunderstanding, not a detail."""
+    sources = {
+        "--data": ["classes", "gallery", "weights", "layer"],
+        "--embeddings": ["channels", "global_node", "gallery_embeddings", "gallery_labels"],
+        "--ranking": ["query_labels", "baseline"],
+    }
+    chosen = next(name for name in sources if getattr(options, name[2:]) is not None)
+    for source, names in sources.items():
+        for name in names:
+            if source != chosen and getattr(options, name) is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} goes with {source}, not with {chosen}"
+                )
+    if chosen == "--data" and options.labels is not None:
+        raise ValueError("--labels goes with --embeddings or --ranking; --data has its own labels")

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from emd_retrieval.matching import ground_cost
+
+
+def plain_cosine_cost(query, reference, centered):
+    """Equation 2 in plain loops."""
+    cost = torch.empty(len(query), len(reference), dtype=query.dtype)
+    for i, u in enumerate(query):
+        for j, v in enumerate(reference):
+            if centered:
+                u_, v_ = u - u.mean(), v - v.mean()
+            else:
+                u_, v_ = u, v
+            cost[i, j] = 1 - (u_ @ v_) / (u_.norm() * v_.norm())
+    return cost
+
+
+@pytest.mark.parametrize("name", ["cosine", "centered_cosine"])
+@pytest.mark.parametrize(("n", "m"), [(5, 5), (3, 7), (1, 4)])
+def test_matches_the_equation(name, n, m, generator):
+    query = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    reference = torch.randn(m, 6, generator=generator, dtype=torch.float64)
+    expected = plain_cosine_cost(query, reference, centered=name == "centered_cosine")
+    torch.testing.assert_close(ground_cost(name)(query, reference), expected)
+
+
+def test_leading_dimensions_agree_with_a_loop(generator):
+    query = torch.randn(2, 3, 4, 6, generator=generator)
+    reference = torch.randn(2, 3, 5, 6, generator=generator)
+    cost = ground_cost("cosine")(query, reference)
+    assert cost.shape == (2, 3, 4, 5)
+    for i in range(2):
+        for j in range(3):
+            single = ground_cost("cosine")(query[i, j], reference[i, j])
+            torch.testing.assert_close(cost[i, j], single)
+
+
+def test_centering_removes_a_constant_per_node(generator):
+    query = torch.randn(4, 6, generator=generator)
+    reference = torch.randn(4, 6, generator=generator)
+    cost = ground_cost("centered_cosine")
+    shift = torch.randn(4, 1, generator=generator)
+    torch.testing.assert_close(cost(query + shift, reference), cost(query, reference))
+
+
+def test_range_and_zero_vectors(generator):
+    nodes = torch.randn(6, 8, generator=generator)
+    nodes[2] = 0
+    cost = ground_cost("cosine")(nodes, nodes)
+    assert cost.min() >= -1e-6
+    assert cost.max() <= 2 + 1e-6
+    assert torch.equal(cost[2], torch.ones(6)), "cosine with a zero vector counts as 0"
+
+
+def test_gradient(generator):
+    query = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ground_cost("centered_cosine"), (query, reference))
+
+
+def test_refuses_bad_input():
+    with pytest.raises(ValueError, match=r"ground_cost: expected one of .*did you mean 'cosine'"):
+        ground_cost("cosin")
+    with pytest.raises(ValueError, match=r"reference: expected shape \[..., M, D\], with D = 4"):
+        ground_cost("cosine")(torch.zeros(3, 4), torch.zeros(3, 5))
+    with pytest.raises(TypeError, match="query: expected a floating-point tensor"):
+        ground_cost("cosine")(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, 4))
