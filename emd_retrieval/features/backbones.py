@@ -101,9 +101,9 @@ def load_backbone(
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"weights: no file {str(weights)!r}")
     try:
-        model = timm.create_model(
-            name, pretrained=pretrained and weights is None, num_classes=0, global_pool=""
-        )
+        # The pooling stays the model's own: some transformers name their last norm after it, so
+        # that without it weights would not fit (or, from the hub, be left out without a word).
+        model = timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
     except (OSError, RuntimeError) as error:
         if weights is not None or not pretrained:
             raise

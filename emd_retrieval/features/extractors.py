@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from emd_retrieval.features.backbones import Backbone
-from emd_retrieval.features.pyramid import check_pyramid, pyramid_pool
+from emd_retrieval.features.pyramid import check_pyramid, pyramid_boxes, pyramid_pool
 
 
 class FCNExtractor(nn.Module):
@@ -56,6 +56,14 @@ class FCNExtractor(nn.Module):
         if 1 not in self.pyramid:
             return None
         return sum(size * size for size in self.pyramid[: self.pyramid.index(1)])
+
+    def node_boxes(self) -> Tensor | None:
+        """Where the nodes lie, as shares of the image; ``None`` where that is not fixed.
+
+        Shape:
+            ``[N, 4]``: left, top, right, bottom.
+        """
+        return None if self.include_map else pyramid_boxes(self.pyramid)
 
     def forward(self, images: Tensor) -> Tensor:
         """Local features of normalised images. Shape: ``[B, 3, h, w] -> [B, N, D]``."""

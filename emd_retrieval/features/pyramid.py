@@ -53,13 +53,39 @@ def pyramid_pool(feature_map: Tensor, sizes: Sequence[int], *, include_map: bool
     return pool.to(cells) @ cells
 
 
+def pyramid_boxes(sizes: Sequence[int]) -> Tensor:
+    """Where each node of :func:`pyramid_pool` lies, as shares of the pooled image.
+
+    Args:
+        sizes: Levels, in the order of the nodes.
+
+    Returns:
+        Left, top, right, bottom in [0, 1]. Shape: ``[N, 4]``.
+
+    Example:
+        >>> pyramid_boxes((2,))[1]
+        tensor([0.5000, 0.0000, 1.0000, 0.5000])
+    """
+    boxes = [
+        [column / size, row / size, (column + 1) / size, (row + 1) / size]
+        for size in check_pyramid(sizes, include_map=False)
+        for row in range(size)
+        for column in range(size)
+    ]
+    return torch.tensor(boxes)
+
+
 @lru_cache(maxsize=64)
 def _pooling_matrix(height: int, width: int, sizes: tuple[int, ...], include_map: bool) -> Tensor:
     """Rows of averaging weights over the ``height * width`` cells. Shape: ``[N, H * W]``."""
-    levels = [torch.kron(_pooling_rows(height, size), _pooling_rows(width, size)) for size in sizes]
-    if include_map:
-        levels.append(torch.eye(height * width))
-    return torch.cat(levels)
+    # It is kept between calls: made in inference mode it could not take part in training later.
+    with torch.inference_mode(False):
+        levels = [
+            torch.kron(_pooling_rows(height, size), _pooling_rows(width, size)) for size in sizes
+        ]
+        if include_map:
+            levels.append(torch.eye(height * width))
+        return torch.cat(levels)
 
 
 def _pooling_rows(length: int, bins: int) -> Tensor:

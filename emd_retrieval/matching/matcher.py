@@ -195,18 +195,23 @@ class EMDMatcher:
         _check_sets(query, reference, leading="B")
         _check_candidates(candidates, len(query), len(reference))
         count = candidates.shape[1]
-        gathered = reference.shape[1] * reference.shape[2]
+        ground, weights = self._ground_cost, self._node_weights
+        gathered = 2 * reference.shape[1] * reference.shape[2]
         chunk = max(1, self._pairs_at_once(query, reference, gathered) // max(1, count))
         with (
             _solving(query, reference),
             progress_counter(description, total=candidates.numel(), unit="pair") as bar,
         ):
             query, reference = _in_solver_precision(query, reference)
+            prepared, gallery = ground.prepare(reference), weights.gallery(reference)
             rows = []
             for start in range(0, len(query), chunk):
                 part = query[start : start + chunk]
-                chosen = reference[candidates[start : start + chunk]]
-                rows.append(self._one_query_many(part, chosen))
+                places = candidates[start : start + chunk]
+                cost = _rows(ground, ground.prepare(part), prepared[places])
+                chosen_gallery = tuple(facts[places] for facts in gallery)
+                supply, demand = weights.shortlist(part, reference[places], chosen_gallery)
+                rows.append(self._solve(cost, supply, demand))
                 bar.update(len(part) * count)
             return torch.cat(rows) if rows else query.new_zeros(0, count)
 
@@ -218,15 +223,6 @@ class EMDMatcher:
         return 1 - emd(
             cost.contiguous(), supply.contiguous(), demand.contiguous(), solver=self.solver
         )
-
-    def _one_query_many(self, query: Tensor, chosen: Tensor) -> Tensor:
-        """``[q, N, D], [q, C, M, D] -> [q, C]``, the costs of a query in one GEMM."""
-        (q, n, d), (_, c, m, _) = query.shape, chosen.shape
-        ground = self._ground_cost
-        cost = ground.between(ground.prepare(query), ground.prepare(chosen.view(q, c * m, d)))
-        cost = cost.view(q, n, c, m).transpose(1, 2)
-        supply, demand = self._node_weights.paired(query.unsqueeze(1).expand(q, c, n, d), chosen)
-        return self._solve(cost, supply, demand)
 
     def _all_pairs(self, query: Tensor, reference: Tensor, description: str | None) -> Tensor:
         ground = self._ground_cost
@@ -289,6 +285,17 @@ def _grid(ground: GroundCost, query: Tensor, reference: Tensor) -> Tensor:
     (q, n, d), (r, m, _) = query.shape, reference.shape
     cost = ground.between(query.reshape(q * n, d), reference.reshape(r * m, d))
     return cost.view(q, n, r, m).transpose(1, 2)
+
+
+def _rows(ground: GroundCost, query: Tensor, chosen: Tensor) -> Tensor:
+    """Costs of each prepared query against its candidates, one GEMM a query, as a view.
+
+    Shape:
+        ``[q, N, D], [q, C, M, D]`` to ``[q, C, N, M]``.
+    """
+    (q, n, d), (_, c, m, _) = query.shape, chosen.shape
+    cost = ground.between(query, chosen.view(q, c * m, d))
+    return cost.view(q, n, c, m).transpose(1, 2)
 
 
 def _upper_pairs(at: slice, to: slice, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,16 @@ class NodeWeights(Protocol):
         """``[Q, N, D], [R, M, D] -> [Q, R, N], [Q, R, M]``."""
         ...
 
+    def gallery(self, reference: Tensor) -> tuple[Tensor, ...]:
+        """What a shortlist needs of the gallery's sets, once for all queries. ``[R, ...]`` each."""
+        ...
+
+    def shortlist(
+        self, query: Tensor, chosen: Tensor, chosen_gallery: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """``[Q, N, D], [Q, C, M, D] -> [Q, C, N], [Q, C, M]``; gallery facts gathered alike."""
+        ...
+
 
 @dataclass(frozen=True)
 class CrossReferenceWeights:
@@ -68,21 +78,40 @@ class CrossReferenceWeights:
         """Weights of matching sets. Shape: ``[..., N, D], [..., M, D] -> [..., N], [..., M]``."""
         supply = (query @ reference.mean(dim=-2).unsqueeze(-1)).squeeze(-1)
         demand = (reference @ query.mean(dim=-2).unsqueeze(-1)).squeeze(-1)
-        floor = self.floor
-        if self.floor_scale == "relative":
-            scale = self.floor * _rms_norm(query) * _rms_norm(reference)
-            return _floored(supply, scale.unsqueeze(-1)), _floored(demand, scale.unsqueeze(-1))
-        return _floored(supply, floor), _floored(demand, floor)
+        return self._weights(supply, demand, _rms_norm(query) * _rms_norm(reference))
 
     def all_pairs(self, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of every pair. Shape: ``[Q, N, D], [R, M, D] -> [Q, R, N], [Q, R, M]``."""
         supply = (query @ reference.mean(dim=1).mT).transpose(1, 2)
         demand = torch.einsum("rmd,qd->qrm", reference, query.mean(dim=1))
-        floor = self.floor
+        return self._weights(supply, demand, torch.outer(_rms_norm(query), _rms_norm(reference)))
+
+    def gallery(self, reference: Tensor) -> tuple[Tensor, ...]:
+        """Mean node and scale of each set. Shape: ``[R, M, D] -> [R, D], [R]``."""
+        return reference.mean(dim=1), _rms_norm(reference)
+
+    def shortlist(
+        self, query: Tensor, chosen: Tensor, chosen_gallery: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Weights of each query against its own candidates.
+
+        Shape:
+            ``[Q, N, D], [Q, C, M, D], ([Q, C, D], [Q, C])`` to ``[Q, C, N], [Q, C, M]``.
+        """
+        means, scales = chosen_gallery
+        supply = means @ query.mT
+        demand = torch.einsum("qcmd,qd->qcm", chosen, query.mean(dim=1))
+        return self._weights(supply, demand, _rms_norm(query).unsqueeze(1) * scales)
+
+    def _weights(self, supply: Tensor, demand: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Relevance scores to weights; ``scale`` is the product of both sides' norms."""
+        floor: Tensor | float = self.floor
         if self.floor_scale == "relative":
-            scale = self.floor * torch.outer(_rms_norm(query), _rms_norm(reference))
-            return _floored(supply, scale.unsqueeze(-1)), _floored(demand, scale.unsqueeze(-1))
-        return _floored(supply, floor), _floored(demand, floor)
+            floor = (self.floor * scale).unsqueeze(-1)
+        return (
+            normalize_weights(supply.relu() + floor),
+            normalize_weights(demand.relu() + floor),
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +127,17 @@ class UniformWeights:
         """Weights of every pair. Shape: ``[Q, N, D], [R, M, D] -> [Q, R, N], [Q, R, M]``."""
         (q, n, _), (r, m, _) = query.shape, reference.shape
         return query.new_full((q, r, n), 1 / n), query.new_full((q, r, m), 1 / m)
+
+    def gallery(self, reference: Tensor) -> tuple[Tensor, ...]:
+        """Nothing: equal weights do not look at the sets."""
+        return ()
+
+    def shortlist(
+        self, query: Tensor, chosen: Tensor, chosen_gallery: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Weights of each query against its candidates. Shape: ``[Q, C, N], [Q, C, M]``."""
+        (q, n, _), (c, m) = query.shape, chosen.shape[1:3]
+        return query.new_full((q, c, n), 1 / n), query.new_full((q, c, m), 1 / m)
 
 
 def cross_reference_weights(
@@ -138,7 +178,3 @@ def node_weights(name: str, *, floor: float = 1e-3, floor_scale: str = "relative
 def _rms_norm(nodes: Tensor) -> Tensor:
     """Root mean square over nodes of the node norms. Shape: ``[..., N, D] -> [...]``."""
     return nodes.square().sum(dim=-1).mean(dim=-1).clamp_min(torch.finfo(nodes.dtype).tiny).sqrt()
-
-
-def _floored(scores: Tensor, floor: Tensor | float) -> Tensor:
-    return normalize_weights(scores.relu() + floor)

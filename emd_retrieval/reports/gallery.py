@@ -74,12 +74,12 @@ def gallery_figure(
     figure = Figure(figsize=(1.12 * sum(ratios), 1.42 * len(rows) + 0.75), dpi=150)
     grid = figure.add_gridspec(
         len(rows), len(ratios), width_ratios=ratios, wspace=0.06, hspace=0.34,
-        left=0.01, right=0.99, bottom=0.03, top=1 - 0.62 / (1.42 * len(rows) + 0.75),
+        left=0.01, right=0.99, bottom=0.03, top=1 - (0.62 if title else 0.46) / (1.42 * len(rows) + 0.75),
     )  # fmt: skip
     for number, row in enumerate(rows):
         axes = figure.add_subplot(grid[number, 0])
         _show(axes, row.query)
-        axes.set_title(_short(row.label), fontsize=6.5, pad=3)
+        axes.set_title(short_label(row.label), fontsize=6.5, pad=3)
         axes.set_xlabel(row.caption, fontsize=6, labelpad=2)
         for first, neighbours in ((2, row.before), (3 + left, row.after)):
             for place, neighbour in enumerate(neighbours):
@@ -117,10 +117,10 @@ def _show_neighbour(axes: Any, neighbour: Neighbour) -> None:
         ha="center", va="center", weight="bold", family="DejaVu Sans",
     )  # fmt: skip
     if not neighbour.right:
-        axes.set_xlabel(_short(neighbour.label, 20), fontsize=5, labelpad=1.5)
+        axes.set_xlabel(short_label(neighbour.label, 20), fontsize=5, labelpad=1.5)
 
 
-def _short(text: str, most: int = 26) -> str:
-    # Class folders are often "001.Black_footed_Albatross".
+def short_label(text: str, most: int = 26) -> str:
+    """A class name as people read it: ``001.Black_footed_Albatross`` without number and bars."""
     text = text.split(".", 1)[-1].replace("_", " ") if text[:1].isdigit() else text
     return text if len(text) <= most else text[: most - 1] + "…"

@@ -233,10 +233,10 @@ def summarize(metrics: pd.DataFrame) -> pd.DataFrame:
     Args:
         metrics: As in :attr:`Evaluation.metrics`.
     """
-    rows = []
+    rows: list[dict[str, str]] = []
     for name, part in metrics.groupby("method", sort=False):
         rows.append(
-            {"method": name}
+            {"method": str(name)}
             | {
                 str(r.metric): f"{r.value:.1f} [{r.low:.1f}, {r.high:.1f}]"
                 for r in part.itertuples()

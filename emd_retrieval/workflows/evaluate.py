@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from emd_retrieval._files import whole_file
 from emd_retrieval.datasets import (
     ImageCollection,
     ImageDataset,
@@ -19,10 +18,10 @@ from emd_retrieval.datasets import (
     load_images,
 )
 from emd_retrieval.features import FCNExtractor, FeatureSet, extract_features, load_backbone
-from emd_retrieval.features.transforms import evaluation_transform
+from emd_retrieval.features.transforms import evaluation_transform, evaluation_view
 from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.records import ResultRecord
-from emd_retrieval.reports import gallery_figure, shortlist_figure
+from emd_retrieval.reports import save_figure, shortlist_figure
 from emd_retrieval.retrieval import (
     Evaluation,
     compare_rankings,
@@ -31,7 +30,7 @@ from emd_retrieval.retrieval import (
 )
 from emd_retrieval.retrieval.evaluation import check_shortlist
 from emd_retrieval.retrieval.metrics import relevant_counts
-from emd_retrieval.workflows.gallery import gallery_rows
+from emd_retrieval.workflows.gallery import ImageSide, save_pictures
 from emd_retrieval.workflows.inputs import read_labels, read_matrix, read_ranking
 
 
@@ -142,18 +141,24 @@ def evaluate_images(
         data=data,
         seed=settings.seed,
         notes=_notes(evaluation, skipped),
-        figures=("gallery.png", "shortlist.png"),
     )
     if output is not None:
-        rows = gallery_rows(
-            evaluation,
-            query,
-            gallery or query,
-            query_features.ids,
-            (gallery_features or query_features).ids,
+        query_side = ImageSide(query, query_features)
+        gallery_side = query_side
+        if gallery is not None and gallery_features is not None:
+            gallery_side = ImageSide(gallery, gallery_features)
+        record = replace(
+            record,
+            figures=save_pictures(
+                evaluation,
+                query_side,
+                gallery_side,
+                output,
+                matcher=settings.matcher,
+                boxes=extractor.node_boxes(),
+                view=evaluation_view(settings.resize, settings.crop),
+            ),
         )
-        with whole_file(Path(output) / "gallery.png") as partial:
-            gallery_figure(rows, after=method, title=record.title).savefig(partial)
         _save(record, evaluation, output)
     return record, evaluation
 
@@ -250,7 +255,6 @@ def evaluate_stored_sets(
         },
         seed=settings.seed,
         notes=_notes(evaluation, 0),
-        figures=() if plain else ("shortlist.png",),
     )
     if output is not None:
         _save(record, evaluation, output)
@@ -421,6 +425,6 @@ def _notes(evaluation: Evaluation, skipped: int) -> tuple[str, ...]:
 def _save(record: ResultRecord, evaluation: Evaluation, output: str | Path) -> None:
     if evaluation.curve is not None:
         raw = next(iter(evaluation.scores.values())).mean
-        with whole_file(Path(output) / "shortlist.png") as partial:
-            shortlist_figure(evaluation.curve, raw).savefig(partial)
+        save_figure(shortlist_figure(evaluation.curve, raw), Path(output) / "shortlist.png")
+        record = replace(record, figures=(*record.figures, "shortlist.png"))
     record.save(output)

@@ -1,102 +1,243 @@
-"""Choosing queries for the gallery figure and handing their pictures to the report."""
+"""Choosing queries worth a look, and handing their pictures to the reports."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from emd_retrieval.datasets import ImageCollection
-from emd_retrieval.reports.gallery import GalleryRow, Neighbour
-from emd_retrieval.retrieval import Evaluation, Ranking
+from emd_retrieval.features import FeatureSet
+from emd_retrieval.matching import EMDMatcher
+from emd_retrieval.reports import (
+    GalleryRow,
+    MatchPicture,
+    Neighbour,
+    gallery_figure,
+    match_figure,
+    save_figure,
+    short_label,
+)
+from emd_retrieval.retrieval import Evaluation, Ranking, RetrievalScores
+
+Pixels = NDArray[np.uint8]
 
 _SIDE = 160
 
 
-def gallery_rows(
+@dataclass(frozen=True)
+class ImageSide:
+    """Query or gallery: features and the images they came from.
+
+    Attributes:
+        collection: The images.
+        features: Their features; ``features.ids`` are rows of the collection.
+    """
+
+    collection: ImageCollection
+    features: FeatureSet
+
+    def label(self, row: int) -> str:
+        """Class of the image behind a row of the features."""
+        return self.collection.class_names[int(self.collection.labels[self._image(row)])]
+
+    def image(self, row: int) -> Image.Image:
+        """The image behind a row of the features."""
+        return self.collection.load(self._image(row))
+
+    def thumbnail(self, row: int) -> Pixels:
+        """The same, small and square."""
+        return np.asarray(ImageOps.fit(self.image(row), (_SIDE, _SIDE), Image.Resampling.LANCZOS))
+
+    def _image(self, row: int) -> int:
+        return int(self.features.ids[row])
+
+
+def save_pictures(
     evaluation: Evaluation,
-    query: ImageCollection,
-    gallery: ImageCollection,
-    query_ids: Tensor,
-    gallery_ids: Tensor,
+    query: ImageSide,
+    gallery: ImageSide,
+    output: str | Path,
+    *,
+    matcher: EMDMatcher,
+    boxes: Tensor | None,
+    view: Callable[[Image.Image], Pixels],
+) -> tuple[str, ...]:
+    """Draw ``gallery.png`` and, where nodes have a fixed place, ``matches.png``.
+
+    Returns:
+        Names of the files written.
+    """
+    output = Path(output)
+    before, after = list(evaluation.rankings)[:2]
+    chosen = choose_queries(evaluation, query, gallery)
+    rows = gallery_rows(evaluation, query, gallery, chosen)
+    save_figure(gallery_figure(rows, before=before, after=after), output / "gallery.png")
+    if boxes is None:
+        return ("gallery.png",)
+    pictures = match_pictures(
+        evaluation, query, gallery, chosen, matcher=matcher, boxes=boxes, view=view
+    )
+    if not pictures:
+        return ("gallery.png",)
+    save_figure(match_figure(pictures), output / "matches.png")
+    return "gallery.png", "matches.png"
+
+
+def choose_queries(
+    evaluation: Evaluation,
+    query: ImageSide,
+    gallery: ImageSide,
     *,
     improved: int = 4,
     unchanged: int = 1,
     worsened: int = 1,
     neighbours: int = 5,
-) -> list[GalleryRow]:
+) -> list[int]:
     """Queries that gained most, one in the middle and one that lost most, each of its own class.
+
+    What counts first is what the picture can show, right answers among the neighbours drawn; then
+    MAP@R.
 
     Args:
         evaluation: Two rankings, the baseline first.
-        query: Where the query images are.
-        gallery: Where the gallery images are.
-        query_ids: Image in ``query`` of each ranked query. Shape: ``[Q]``.
-        gallery_ids: Image in ``gallery`` of each gallery row. Shape: ``[R]``.
+        query: The queries.
+        gallery: What was searched.
         improved: How many of those that gained most.
-        unchanged: How many with the smallest change.
+        unchanged: How many of those nearest to the median change.
         worsened: How many of those that lost most.
-        neighbours: How many answers of each method.
+        neighbours: How many answers of each ranking are drawn.
+
+    Returns:
+        Places in the evaluation's per-query tables.
     """
-    (before, first), (after, second) = list(evaluation.rankings.items())[:2]
-    old, new = (evaluation.scores[name].per_query["MAP@R"].to_numpy() for name in (before, after))
-    rows = evaluation.scores[before].queries
-    labels = query.labels[query_ids[rows].numpy()]
-    change = new - old
+    old, new = _map_at_r(evaluation)
+    rows = _scored_rows(evaluation)
+    first, second = (
+        (gallery.features.labels[ranking.rows[rows, :neighbours]]
+         == query.features.labels[rows].unsqueeze(1)).sum(dim=1).numpy()
+        for ranking in list(evaluation.rankings.values())[:2]
+    )  # fmt: skip
+    change = 100.0 * (second - first) + (new - old)
     order = np.argsort(-change, kind="stable")
     middle = np.argsort(np.abs(change - np.median(change)), kind="stable")
-    taken: list[int] = []
-    for candidates, count in ((order, improved), (middle, unchanged), (order[::-1], worsened)):
-        taken += _of_new_classes(candidates, labels, taken, count)
-    neighbours = min(neighbours, first.depth, second.depth)
-    return [
-        GalleryRow(
-            query=_thumbnail(query, int(query_ids[rows[i]])),
-            label=query.class_names[labels[i]],
-            caption=f"MAP@R {old[i]:.0f} → {new[i]:.0f}",
-            before=_answers(
-                first, int(rows[i]), gallery, gallery_ids, labels[i], neighbours, query
-            ),
-            after=_answers(
-                second, int(rows[i]), gallery, gallery_ids, labels[i], neighbours, query
-            ),
-        )
-        for i in taken
-    ]
-
-
-def _of_new_classes(
-    candidates: np.ndarray, labels: np.ndarray, taken: list[int], count: int
-) -> list[int]:
-    """The first ``count`` candidates whose classes are not shown yet."""
-    shown = {labels[i] for i in taken}
     chosen: list[int] = []
-    for i in candidates:
-        if len(chosen) == count:
-            break
-        if labels[i] not in shown:
-            shown.add(labels[i])
-            chosen.append(int(i))
+    for candidates, count in ((order, improved), (middle, unchanged), (order[::-1], worsened)):
+        shown = {query.label(int(rows[i])) for i in chosen}
+        wanted = len(chosen) + count
+        for i in candidates:
+            label = query.label(int(rows[i]))
+            if len(chosen) == wanted:
+                break
+            if label not in shown:
+                shown.add(label)
+                chosen.append(int(i))
     return chosen
 
 
-def _answers(
-    ranking: Ranking,
-    row: int,
-    gallery: ImageCollection,
-    gallery_ids: Tensor,
-    label: int,
-    count: int,
-    query: ImageCollection,
-) -> list[Neighbour]:
-    wanted = query.class_names[label]
-    answers = []
-    for image in gallery_ids[ranking.rows[row, :count]].tolist():
-        name = gallery.class_names[gallery.labels[image]]
-        answers.append(Neighbour(_thumbnail(gallery, image), name == wanted, name))
-    return answers
+def gallery_rows(
+    evaluation: Evaluation,
+    query: ImageSide,
+    gallery: ImageSide,
+    chosen: Sequence[int],
+    *,
+    neighbours: int = 5,
+) -> list[GalleryRow]:
+    """The chosen queries with their first neighbours under both rankings.
+
+    Args:
+        evaluation: Two rankings, the baseline first.
+        query: The queries.
+        gallery: What was searched.
+        chosen: Places in the per-query tables, see :func:`choose_queries`.
+        neighbours: How many answers of each ranking.
+    """
+    first, second = list(evaluation.rankings.values())[:2]
+    neighbours = min(neighbours, first.depth, second.depth)
+    old, new = _map_at_r(evaluation)
+    rows = _scored_rows(evaluation)
+
+    def answers(ranking: Ranking, row: int) -> list[Neighbour]:
+        wanted = query.label(row)
+        return [
+            Neighbour(gallery.thumbnail(answer), gallery.label(answer) == wanted,
+                      gallery.label(answer))
+            for answer in ranking.rows[row, :neighbours].tolist()
+        ]  # fmt: skip
+
+    return [
+        GalleryRow(
+            query=query.thumbnail(int(rows[i])),
+            label=query.label(int(rows[i])),
+            caption=f"MAP@R {old[i]:.0f} → {new[i]:.0f}",
+            before=answers(first, int(rows[i])),
+            after=answers(second, int(rows[i])),
+        )
+        for i in chosen
+    ]
 
 
-def _thumbnail(collection: ImageCollection, index: int) -> np.ndarray:
-    image = ImageOps.fit(collection.load(index), (_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+def match_pictures(
+    evaluation: Evaluation,
+    query: ImageSide,
+    gallery: ImageSide,
+    chosen: Sequence[int],
+    *,
+    matcher: EMDMatcher,
+    boxes: Tensor,
+    view: Callable[[Image.Image], Pixels],
+    most: int = 3,
+) -> list[MatchPicture]:
+    """The chosen queries matched with their first answer, where that answer is right.
+
+    Args:
+        evaluation: Two rankings, the baseline first.
+        query: The queries.
+        gallery: What was searched.
+        chosen: Places in the per-query tables.
+        matcher: The EMD similarity that ranked.
+        boxes: Where the nodes lie in the image. Shape: ``[N, 4]``.
+        view: The part of an image that the network saw.
+        most: At most so many.
+    """
+    second = list(evaluation.rankings.values())[1]
+    rows = _scored_rows(evaluation)
+    pictures: list[MatchPicture] = []
+    for i in chosen:
+        row = int(rows[i])
+        answer = int(second.rows[row, 0])
+        if len(pictures) == most or query.label(row) != gallery.label(answer):
+            continue
+        match = matcher.match(query.features.nodes[row], gallery.features.nodes[answer])
+        pictures.append(
+            MatchPicture(
+                query=view(query.image(row)),
+                reference=view(gallery.image(answer)),
+                boxes=boxes.numpy(),
+                query_weights=match.query_weights.numpy(),
+                reference_weights=match.reference_weights.numpy(),
+                flow=match.flow.numpy(),
+                cost=match.cost.numpy(),
+                similarity=float(match.similarity),
+                title=f"{short_label(query.label(row))}: query and first answer",
+            )
+        )
+    return pictures
+
+
+def _map_at_r(evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    first, second = (score.per_query["MAP@R"].to_numpy() for score in _first_two(evaluation))
+    return first, second
+
+
+def _scored_rows(evaluation: Evaluation) -> Tensor:
+    return _first_two(evaluation)[0].queries
+
+
+def _first_two(evaluation: Evaluation) -> list[RetrievalScores]:
+    return list(evaluation.scores.values())[:2]
