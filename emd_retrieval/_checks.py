@@ -105,8 +105,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 
 
 def check_positive(name: str, value: float, *, allow_zero: bool = False) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number above zero (or zero if allowed)."""
-    ok = value == value and value != float("inf") and (value > 0 or (allow_zero and value == 0))
+    """Raise unless ``value`` is a finite number above zero (or zero if allowed)."""
+    try:
+        ok = 0 < value < float("inf") or (allow_zero and value == 0)
+    except TypeError:
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
     if not ok:
         kind = "zero or more" if allow_zero else "a positive number"
         raise ValueError(f"{name}: expected {kind}, got {value!r}")

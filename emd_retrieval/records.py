@@ -13,8 +13,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,10 @@ class ResultRecord:
     def table(self) -> pd.DataFrame:
         """The main table."""
         return next(iter(self.tables.values()))
+
+    def with_figures(self, figures: Sequence[str]) -> ResultRecord:
+        """The same record naming figures written beside it, after those it names already."""
+        return replace(self, figures=(*self.figures, *figures))
 
     def to_json(self) -> str:
         """The whole record as JSON; tables as lists of rows."""
@@ -177,10 +181,11 @@ def markdown_table(table: pd.DataFrame) -> str:
         values = table[name]
         numeric = pd.api.types.is_numeric_dtype(values)
         cells = [_cell(value) for value in values]
-        width = max(3, len(str(name)), *(len(cell) for cell in cells)) if cells else len(str(name))
+        header = _cell(str(name))
+        width = max(3, len(header), *(len(cell) for cell in cells))
         align = str.rjust if numeric else str.ljust
         rule = "-" * (width - 1) + ":" if numeric else ":" + "-" * (width - 1)
-        columns.append([align(str(name), width), rule, *(align(cell, width) for cell in cells)])
+        columns.append([align(header, width), rule, *(align(cell, width) for cell in cells)])
     return "\n".join("| " + " | ".join(row) + " |" for row in zip(*columns, strict=True))
 
 
@@ -201,8 +206,10 @@ def _inline(values: Mapping[str, Any]) -> str:
 
 def command_line() -> str:
     """The command this process was started with, without machine-specific folders."""
-    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
-    return shlex.join([program, *sys.argv[1:]])
+    program = [Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"]
+    if program == ["__main__.py"] and (spec := sys.modules["__main__"].__spec__) is not None:
+        program = ["python", "-m", spec.parent or spec.name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def code_commit() -> str | None:

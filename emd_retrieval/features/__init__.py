@@ -4,16 +4,20 @@ from emd_retrieval.features.backbones import Backbone, load_backbone
 from emd_retrieval.features.extraction import FeatureSet, extract_features
 from emd_retrieval.features.extractors import FCNExtractor
 from emd_retrieval.features.packing import global_vectors, pack, unpack
-from emd_retrieval.features.pyramid import pyramid_pool
+from emd_retrieval.features.pyramid import pyramid_boxes, pyramid_pool
+from emd_retrieval.features.transforms import evaluation_transform, evaluation_view
 
 __all__ = [
     "Backbone",
     "FCNExtractor",
     "FeatureSet",
+    "evaluation_transform",
+    "evaluation_view",
     "extract_features",
     "global_vectors",
     "load_backbone",
     "pack",
+    "pyramid_boxes",
     "pyramid_pool",
     "unpack",
 ]

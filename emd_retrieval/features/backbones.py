@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+_NO_MAP = "has no spatial feature map; choose another model, or an intermediate layer"
+
 
 class Backbone(nn.Module):
     """A timm model without its classifier and pooling.
@@ -42,25 +44,39 @@ class Backbone(nn.Module):
             model.eval()
             probe = self(torch.zeros(1, 3, self.input_size, self.input_size))
             model.train(training)
+        if probe.shape[2] * probe.shape[3] == 1:
+            raise ValueError(f"backbone: {name} {_NO_MAP}")
         self.channels = int(probe.shape[1])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Feature maps of normalised images. Shape: ``[B, 3, h, w] -> [B, D, H, W]``."""
+        """Feature maps of normalised images. Shape: ``[B, 3, h, w] -> [B, D, H, W]``.
+
+        Raises:
+            ValueError: If the model takes images of another size only.
+        """
+        try:
+            return self._feature_map(images)
+        except AssertionError as error:
+            # timm's transformers check their input size so.
+            height, width = images.shape[-2:]
+            raise ValueError(
+                f"backbone: {self.name} does not take images of {height} x {width} pixels "
+                f"({_first_line(error)}); it was trained on {self.input_size} x {self.input_size}"
+            ) from error
+
+    def _feature_map(self, images: Tensor) -> Tensor:
         if self.layer is not None:
             maps: list[Tensor] = self.model.forward_intermediates(
                 images, indices=[self.layer], intermediates_only=True, output_fmt="NCHW"
             )
             return maps[0]
-        features: Tensor = self.model.forward_features(images)
+        features = self.model.forward_features(images)
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise ValueError(f"backbone: {self.name} {_NO_MAP}")
         if features.ndim == 3:
             return _tokens_to_map(features, self.model, images)
-        if features.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
             return features.permute(0, 3, 1, 2)
-        if features.ndim != 4:
-            raise ValueError(
-                f"backbone: {self.name} has no spatial feature map (its features have shape "
-                f"{list(features.shape)}); choose another, or an intermediate layer"
-            )
         return features
 
     def describe(self) -> dict[str, Any]:
@@ -94,10 +110,7 @@ def load_backbone(
         FileNotFoundError: If ``weights`` is not a file.
         RuntimeError: If the hub cannot be reached.
     """
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        hint = f"; nearest names: {', '.join(near)}" if near else ""
-        raise ValueError(f"backbone: timm has no model {name!r}{hint}")
+    _check_name(name)
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"weights: no file {str(weights)!r}")
     try:
@@ -118,12 +131,28 @@ def load_backbone(
     return Backbone(model, name, layer).eval()
 
 
+def _check_name(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"; nearest names: {', '.join(near)}" if near else ""
+        raise ValueError(f"backbone: timm has no model {name!r}{hint}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_models(f"{architecture}.*", pretrained=True)) or "none"
+        raise ValueError(
+            f"backbone: {architecture!r} has no weights {tag!r} in timm; it has: {tags}"
+        ) from error
+
+
 def _load_weights(model: nn.Module, name: str, path: Path) -> None:
     state = read_weights(path)
     own = model.state_dict()
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    extra = sorted(k for k in state if k not in own and not k.startswith(heads or ("\0",)))
+    names = (classifier,) if isinstance(classifier, str) else classifier
+    heads = tuple(f"{head.split('.')[0]}." for head in names)
+    extra = sorted(k for k in state if k not in own and not k.startswith(heads))
     missing = sorted(k for k in own if k not in state)
     shapes = sorted(k for k in own if k in state and own[k].shape != state[k].shape)
     if extra or missing or shapes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from emd_retrieval._checks import check_tensor
@@ -81,10 +83,13 @@ def extract_features(
         dataset, batch_size=batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
     )
     total = len(dataset)  # type: ignore[arg-type]
-    training = extractor.training
-    extractor = extractor.to(device).to(memory_format=torch.channels_last).eval()
+    extractor = extractor.to(device).to(memory_format=torch.channels_last)
     nodes, pooled, labels, rows = [], [], [], []
-    with torch.inference_mode(), progress_counter(description, total=total, unit="image") as bar:
+    with (
+        _evaluating(extractor),
+        torch.inference_mode(),
+        progress_counter(description, total=total, unit="image") as bar,
+    ):
         for images, label, row in loader:
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
@@ -95,7 +100,6 @@ def extract_features(
             labels.append(torch.as_tensor(label))
             rows.append(torch.as_tensor(row))
             bar.update(len(images))
-    extractor.train(training)
     if not nodes:
         raise ValueError("dataset: expected at least one image, got none")
     # Cloned, because inference-mode tensors cannot take part in training later.
@@ -107,6 +111,18 @@ def default_workers() -> int:
     return (
         max(0, min(8, len(os.sched_getaffinity(0)) - 2)) if hasattr(os, "sched_getaffinity") else 0
     )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and back for each part by itself: frozen batch norms stay frozen."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _check_batch(nodes: Tensor, rows: Tensor) -> None:

@@ -74,7 +74,8 @@ def gallery_figure(
     figure = Figure(figsize=(1.12 * sum(ratios), 1.42 * len(rows) + 0.75), dpi=150)
     grid = figure.add_gridspec(
         len(rows), len(ratios), width_ratios=ratios, wspace=0.06, hspace=0.34,
-        left=0.01, right=0.99, bottom=0.03, top=1 - (0.62 if title else 0.46) / (1.42 * len(rows) + 0.75),
+        left=0.01, right=0.99, bottom=0.03,
+        top=1 - (0.62 if title else 0.46) / (1.42 * len(rows) + 0.75),
     )  # fmt: skip
     for number, row in enumerate(rows):
         axes = figure.add_subplot(grid[number, 0])

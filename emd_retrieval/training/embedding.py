@@ -58,7 +58,8 @@ class EmbeddingTask(lightning.LightningModule):
         loss: A PML loss of ``(embeddings [B, width], labels [B])``. For sets its distance must take
             packed sets, for instance :class:`emd_retrieval.metric_learning.DeepEMDSimilarity`.
         schedule: How long and how fast.
-        pooled: Train the pooled global vector ``[B, D]`` (Raw) instead of packed sets ``[B, N * D]``.
+        pooled: Train the pooled global vector ``[B, D]`` (Raw) instead of packed sets ``[B, N *
+            D]``.
         miner: A PML miner.
 
     Raises:
@@ -141,6 +142,7 @@ def train_embedding(
         trainer = lightning.Trainer(
             max_steps=task.schedule.steps,
             max_epochs=-1,
+            gradient_clip_val=5.0,
             accelerator=accelerator,
             devices=1,
             precision="bf16-mixed" if bf16 else "32-true",

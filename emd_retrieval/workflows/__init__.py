@@ -3,6 +3,7 @@
 Here datasets, features, retrieval and reports meet; the command line only parses and prints.
 """
 
+from emd_retrieval.workflows.demo import Demo, run_demo
 from emd_retrieval.workflows.evaluate import (
     EvaluateImages,
     EvaluateRanking,
@@ -13,10 +14,12 @@ from emd_retrieval.workflows.evaluate import (
 )
 
 __all__ = [
+    "Demo",
     "EvaluateImages",
     "EvaluateRanking",
     "EvaluateSets",
     "evaluate_images",
     "evaluate_ranking",
     "evaluate_stored_sets",
+    "run_demo",
 ]

@@ -147,18 +147,16 @@ def evaluate_images(
         gallery_side = query_side
         if gallery is not None and gallery_features is not None:
             gallery_side = ImageSide(gallery, gallery_features)
-        record = replace(
-            record,
-            figures=save_pictures(
-                evaluation,
-                query_side,
-                gallery_side,
-                output,
-                matcher=settings.matcher,
-                boxes=extractor.node_boxes(),
-                view=evaluation_view(settings.resize, settings.crop),
-            ),
+        figures = save_pictures(
+            evaluation,
+            query_side,
+            gallery_side,
+            output,
+            matcher=settings.matcher,
+            boxes=extractor.node_boxes(),
+            view=evaluation_view(settings.resize, settings.crop),
         )
+        record = record.with_figures(figures)
         _save(record, evaluation, output)
     return record, evaluation
 
@@ -426,5 +424,5 @@ def _save(record: ResultRecord, evaluation: Evaluation, output: str | Path) -> N
     if evaluation.curve is not None:
         raw = next(iter(evaluation.scores.values())).mean
         save_figure(shortlist_figure(evaluation.curve, raw), Path(output) / "shortlist.png")
-        record = replace(record, figures=(*record.figures, "shortlist.png"))
+        record = record.with_figures(["shortlist.png"])
     record.save(output)

@@ -1,0 +1,78 @@
+// What the solver of one problem and the code that feeds it batches agree on.
+// Plain types and function pointers only: the solver is compiled once per instruction set, and code that
+// the linker may merge between those copies (an inline std function, say) could then run on a CPU
+// that lacks its instructions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace emd {
+
+constexpr int kMaxNodes = 64;  // a side: a set of nodes fits in one 64-bit word
+
+// Relative difference of the two totals that still counts as rounding.
+constexpr double kBalanceTolerance = 1e-4;
+
+enum class Outcome : int32_t {
+  solved,
+  pruned,  // the optimum is above the limit that the caller gave
+  cost_not_finite,
+  supply_not_valid,  // a weight is negative, NaN or infinite
+  demand_not_valid,
+  supply_zero,  // in total
+  demand_zero,
+  unbalanced,
+  pivot_overrun,
+};
+
+// min sum(flow * cost) with row sums supply, column sums demand and flow >= 0 (Equation 1).
+template <class Real>
+struct Problem {
+  const Real* cost;      // [suppliers, demanders]
+  const Real* supply;    // [suppliers]
+  const Real* demand;    // [demanders]; scaled to supply's total
+  const Real* cost_end;  // memory is readable from cost to here, which may be past this problem
+  int suppliers;
+  int demanders;
+};
+
+template <class Real>
+struct Plan {
+  Real* flow;              // [suppliers, demanders], or null where it is not wanted
+  Real* supply_potential;  // [suppliers], or null together with the next
+  Real* demand_potential;  // [demanders]
+  double value;            // in units of cost x mass
+  double mass;             // supply's total
+  int64_t pivots;
+};
+
+struct Limits {
+  double value_per_mass;  // give up once the optimum is known to be above this; infinity: never
+  int64_t pivots;         // one more is an overrun
+};
+
+// The two entry points for problems of one size. A workspace serves one call at a time.
+template <class Real>
+struct Solver {
+  Outcome (*solve)(void* workspace, const Problem<Real>&, const Limits&, Plan<Real>&);
+  // The dual reduction bound on the value per mass, from below even after rounding.
+  Outcome (*bound)(void* workspace, const Problem<Real>&, double& bound_per_mass);
+};
+
+// What is compiled for one instruction set.
+struct Kernel {
+  const char* instruction_set;
+  size_t workspace_bytes;
+  size_t workspace_alignment;
+  Solver<float> (*float_solver)(int suppliers, int demanders);
+  Solver<double> (*double_solver)(int suppliers, int demanders);
+};
+
+#ifdef EMD_X86_KERNELS
+extern const Kernel kernel_v2, kernel_v3, kernel_v4;
+#else
+extern const Kernel kernel_portable;
+#endif
+
+}  // namespace emd

@@ -1,0 +1,101 @@
+// Vectors in GCC/Clang vector extensions and the few operations on them that the solver needs.
+// Included by network_simplex.cpp inside its own namespace, as it is compiled per instruction set.
+
+template <class T, int count>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * count)));
+};
+template <class T, int count>
+using Vector = typename VectorOf<T, count>::type;
+
+constexpr int kLanes = EMD_LANES;  // 32-bit numbers in one register
+using Ints = Vector<int32_t, kLanes>;
+template <class Real>
+constexpr int kLanesOf = kLanes * 4 / int(sizeof(Real));
+template <class Real>
+using Reals = Vector<Real, kLanesOf<Real>>;
+template <class Real>
+using IntsLike = Vector<int32_t, kLanesOf<Real>>;  // as many lanes as Reals<Real>
+
+constexpr int32_t kIntMax = 0x7fffffff;
+
+inline Ints splat(int32_t x) { return Ints{} + x; }
+
+template <class V>
+inline V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class V, class T>
+inline V load(const T* from) {
+  V vector;
+  memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+template <class V, class T>
+inline void store(T* to, V vector) {
+  memcpy(to, &vector, sizeof vector);
+}
+
+// {first, first + 1, first + 2, ...}
+template <class V>
+inline V count_from(int first) {
+  V lanes;
+  for (int l = 0; l < int(sizeof lanes / sizeof lanes[0]); l++) lanes[l] = first + l;
+  return lanes;
+}
+
+template <class T, int count>
+inline Vector<T, count / 2> fold_smaller(Vector<T, count> a) {
+  Vector<T, count / 2> halves[2];
+  memcpy(halves, &a, sizeof a);
+  return smaller(halves[0], halves[1]);
+}
+// The smallest lane.
+template <class T, int count>
+inline T minimum(Vector<T, count> a) {
+  if constexpr (count == 4) {
+    a = smaller(a, Vector<T, 4>{a[2], a[3], a[0], a[1]});
+    return a[0] < a[1] ? a[0] : a[1];
+  } else if constexpr (count == 2) {
+    return a[0] < a[1] ? a[0] : a[1];
+  } else {
+    return minimum<T, count / 2>(fold_smaller<T, count>(a));
+  }
+}
+
+// The sum of all lanes modulo 2^32.
+inline uint32_t sum(Ints a) {
+  Vector<int32_t, 4> quarters[kLanes / 4];
+  memcpy(quarters, &a, sizeof a);
+  Vector<int32_t, 4> x = quarters[0];
+  for (int k = 1; k < kLanes / 4; k++) x += quarters[k];
+  x += Vector<int32_t, 4>{x[2], x[3], x[0], x[1]};
+  return uint32_t(x[0]) + uint32_t(x[1]);
+}
+
+// Bit l of the result is set where lane l of a comparison's result is true. The extensions have no such
+// operation, and without it finding a lane costs as much as pricing several rows.
+inline uint64_t bits_of(Ints truth) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth));
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(reinterpret_cast<__m256>(truth)));
+#elif defined(__SSE2__)
+  return uint32_t(_mm_movemask_ps(reinterpret_cast<__m128>(truth)));
+#else
+  uint64_t bits = 0;
+  for (int l = 0; l < kLanes; l++) bits |= uint64_t(truth[l] & 1) << l;
+  return bits;
+#endif
+}
+
+// The inverse of bits_of, from the lowest kLanes bits.
+inline Ints truth_of(uint64_t bits) {
+  const Ints one_bit_each = splat(1) << count_from<Ints>(0);
+  return (splat(int32_t(uint32_t(bits))) & one_bit_each) != 0;
+}

@@ -1,0 +1,288 @@
+"""Collections: class specs, subsets, identity, and what decoding makes of odd and broken files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from emd_retrieval.datasets import (
+    ImageCollection,
+    ImageDataset,
+    UnreadableImageError,
+    check_readable,
+    decode_rgb,
+    find_unreadable,
+    load_image_folder,
+)
+from emd_retrieval.datasets.base import class_numbers_of
+
+CLASSES = ("001.Auk", "002.Bunting", "005.Crow", "009.Dove")
+
+
+@pytest.fixture
+def birds() -> ImageCollection:
+    """Two images of each class; every pixel of image i has the value i."""
+    pixels = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((6, 5, 3), np.uint8)
+    return ImageCollection("birds", pixels, np.arange(8) // 2, CLASSES, (1, 2, 5, 9))
+
+
+class TestImageCollection:
+    def test_rejects_what_does_not_fit(self, birds: ImageCollection) -> None:
+        with pytest.raises(
+            ValueError, match=r"images: expected uint8 .* got float64 \[2, 4, 4, 3\]"
+        ):
+            ImageCollection("x", np.zeros((2, 4, 4, 3)), np.zeros(2, int), ("a",), (1,))
+        with pytest.raises(ValueError, match="labels: expected 8 integers"):
+            ImageCollection("x", birds.images, np.zeros(7, int), ("a",), (1,))
+        with pytest.raises(
+            ValueError, match="labels: expected 0 to 0 for 1 class names, got 0 to 3"
+        ):
+            ImageCollection("x", birds.images, birds.labels, ("a",), (1,))
+        with pytest.raises(ValueError, match="class_numbers: expected one a class name"):
+            ImageCollection("x", birds.images, birds.labels, CLASSES, (1, 2))
+
+    def test_labels_belong_to_the_collection(self) -> None:
+        labels = np.array([0, 1])
+        birds = ImageCollection("x", np.zeros((2, 4, 4, 3), np.uint8), labels, ("a", "b"), (1, 2))
+        labels[0] = 1
+        assert birds.labels.tolist() == [0, 1]
+        with pytest.raises(ValueError, match="read-only"):
+            birds.labels[0] = 1
+
+    @pytest.mark.parametrize(
+        ("indices", "expected"),
+        [([5, 0], [5, 0]), ([], []), ([-1], [7]), (np.arange(8) % 3 == 0, [0, 3, 6])],
+    )
+    def test_subset(self, birds: ImageCollection, indices: list[int], expected: list[int]) -> None:
+        part = birds.subset(indices)
+        assert [part.load(i).getpixel((0, 0))[0] for i in range(len(part))] == expected
+        assert part.labels.tolist() == [i // 2 for i in expected]
+        assert part.class_names == CLASSES
+
+    def test_subset_out_of_range(self, birds: ImageCollection) -> None:
+        with pytest.raises(IndexError):
+            birds.subset([8])
+
+    @pytest.mark.parametrize(
+        ("spec", "chosen"),
+        [
+            ("1-2", [0, 1]),
+            ("9, 5", [2, 3]),
+            ("1,2,5", [0, 1, 2]),
+            ("5-5", [2]),
+            ("005.Crow,1", [0, 2]),
+            (["002.Bunting", 9], [1, 3]),
+            ([1, 1], [0]),
+        ],
+    )
+    def test_select_classes(
+        self, birds: ImageCollection, spec: str | list[str | int], chosen: list[int]
+    ) -> None:
+        part = birds.select_classes(spec)
+        assert part.class_names == tuple(CLASSES[i] for i in chosen)
+        assert part.class_numbers == tuple((1, 2, 5, 9)[i] for i in chosen)
+        assert part.labels.tolist() == np.repeat(np.arange(len(chosen)), 2).tolist()
+        assert [part.load(i).getpixel((0, 0))[0] // 2 for i in (0, -1)] == [chosen[0], chosen[-1]]
+
+    def test_numbers_stay_with_their_classes(self, birds: ImageCollection) -> None:
+        assert birds.select_classes("5,9").select_classes("9").class_names == ("009.Dove",)
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ("1-4", r"classes are not here: 3-4; birds has classes 1-2,5,9"),
+            ("7", r"class is not here: 7;"),
+            ("9-5", r"range '9-5' runs backwards; write 5-9"),
+            ("1-999999999", r"range '1-999999999' is wider"),
+            ("002.Buntin", r"got '002.Buntin', .* did you mean '002.Bunting'"),
+            ("", r"got '', which is no class"),
+            ("1,,2", r"got ''"),
+            ("-3", r"got '-3'"),
+            ("²", r"got '²'"),
+            ([], r"expected at least one class, got \[\]"),
+        ],
+    )
+    def test_select_classes_refuses(
+        self, birds: ImageCollection, spec: str | list[str], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            birds.select_classes(spec)
+
+    def test_selected_classes_without_images(self, birds: ImageCollection) -> None:
+        with pytest.raises(ValueError, match="selects classes of birds without images"):
+            birds.subset([0, 1]).select_classes("9")
+
+    def test_describe_tells_collections_apart(self, birds: ImageCollection) -> None:
+        described = birds.select_classes("1-2,9").describe()
+        assert described["name"] == "birds"
+        assert (described["images"], described["num_classes"]) == (6, 3)
+        assert described["classes"] == "1-2,9"
+        variants = [birds, birds.subset(range(7)), birds.subset([1, 0, *range(2, 8)])]
+        brighter = ImageCollection("birds", birds.images + 1, birds.labels, CLASSES, (1, 2, 5, 9))
+        digests = {variant.describe()["sha256"] for variant in [*variants, brighter]}
+        assert len(digests) == 4
+        assert birds.subset(range(8)).describe() == birds.describe()
+
+    def test_identity_of_files_does_not_depend_on_where_they_lie(self, tmp_path: Path) -> None:
+        digests = []
+        for place in ("here", "there"):
+            (tmp_path / place / "set" / "a").mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / place / "set" / "a" / "1.png")
+            digests.append(load_image_folder(tmp_path / place / "set").describe())
+        assert digests[0] == digests[1]
+        with (tmp_path / "there" / "set" / "a" / "1.png").open("ab") as file:
+            file.write(b"x")
+        assert load_image_folder(tmp_path / "there" / "set").describe() != digests[0]
+
+
+def test_class_numbers() -> None:
+    assert class_numbers_of(["b", "10", "a"]) == [(1, "10"), (2, "a"), (3, "b")]
+    assert class_numbers_of(["10", "9", "0"]) == [(0, "0"), (9, "9"), (10, "10")]
+    # "1" and "01" are one number: ranks keep them apart.
+    assert class_numbers_of(["1", "01"]) == [(1, "01"), (2, "1")]
+
+
+def test_dataset_serves_image_label_and_index(birds: ImageCollection) -> None:
+    plain = ImageDataset(birds)
+    assert len(plain) == 8
+    image, label, index = plain[5]
+    assert (image.size, image.mode, label, index) == ((5, 6), "RGB", 2, 5)
+
+    dataset = ImageDataset(birds, lambda image: torch.from_numpy(np.array(image)))
+    images, labels, indices = next(iter(DataLoader(dataset, batch_size=8)))
+    assert images.shape == (8, 6, 5, 3)
+    assert images[:, 0, 0, 0].tolist() == indices.tolist() == list(range(8))
+    assert labels.tolist() == birds.labels.tolist()
+
+
+class TestDecoding:
+    """Every kind of file ends as 8-bit RGB with the colours and the way up a viewer shows."""
+
+    def test_exif_orientation(self, tmp_path: Path) -> None:
+        image = Image.new("RGB", (6, 4))
+        image.paste((255, 0, 0), (0, 0, 3, 4))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was held so that the picture needs a quarter turn
+        image.save(tmp_path / "turned.png", exif=exif)
+        decoded = decode_rgb(tmp_path / "turned.png")
+        assert decoded.size == (4, 6)
+        assert decoded.getpixel((0, 0)) == (255, 0, 0)
+        assert decoded.getpixel((0, 5)) == (0, 0, 0)
+
+    @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+    def test_sixteen_bit_grey(self, tmp_path: Path, suffix: str) -> None:
+        values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+        Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+        decoded = np.asarray(decode_rgb(tmp_path / f"deep.{suffix}"))
+        assert decoded[0].tolist() == [[0] * 3, [100] * 3, [255] * 3]
+
+    def test_transparency_is_laid_over_white(self, tmp_path: Path) -> None:
+        image = Image.new("RGBA", (3, 1))
+        image.putpixel((0, 0), (10, 20, 30, 255))
+        image.putpixel((1, 0), (200, 0, 0, 0))
+        image.putpixel((2, 0), (0, 0, 0, 51))
+        image.save(tmp_path / "clear.png")
+        decoded = decode_rgb(tmp_path / "clear.png")
+        colours = [decoded.getpixel((x, 0)) for x in range(3)]
+        assert colours == [(10, 20, 30), (255, 255, 255), (204, 204, 204)]
+
+    def test_palette_with_transparency(self, tmp_path: Path) -> None:
+        image = Image.new("P", (2, 1))
+        image.putpalette([255, 0, 0, 0, 0, 255])
+        image.putpixel((1, 0), 1)
+        image.save(tmp_path / "palette.gif", transparency=0)
+        decoded = decode_rgb(tmp_path / "palette.gif")
+        assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
+
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LA", "LAB"])
+    def test_other_modes(self, tmp_path: Path, mode: str) -> None:
+        white = {"LAB": (255, 128, 128), "CMYK": (0, 0, 0, 0), "YCbCr": (255, 128, 128)}
+        image = Image.new(mode, (8, 8), white.get(mode, "white"))
+        suffix = {"CMYK": "jpg", "YCbCr": "jpg", "LAB": "tif"}.get(mode, "png")
+        image.save(tmp_path / f"image.{suffix}")
+        decoded = np.asarray(decode_rgb(tmp_path / f"image.{suffix}"))
+        assert decoded.shape == (8, 8, 3)
+        assert decoded.min() >= 254
+
+    def test_values_of_unknown_range_are_refused(self, tmp_path: Path) -> None:
+        Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
+        with pytest.raises(UnreadableImageError, match=r"32-bit values .* convert it"):
+            decode_rgb(tmp_path / "float.tif")
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(UnreadableImageError, match=r"gone\.jpg: file not found"):
+            decode_rgb(tmp_path / "gone.jpg")
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp", "tif"])
+    def test_damage_never_escapes_as_another_error(self, tmp_path: Path, suffix: str) -> None:
+        rng = np.random.default_rng(0)
+        path = tmp_path / f"image.{suffix}"
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+        whole = path.read_bytes()
+        messages = []
+        for trial in range(150):
+            damaged = bytearray(whole[: rng.integers(len(whole))] if trial % 2 else whole)
+            for place in rng.integers(0, max(len(damaged), 1), 3):
+                if damaged:
+                    damaged[place % min(len(damaged), 80)] = rng.integers(256)
+            path.write_bytes(damaged)
+            try:
+                decode_rgb(path)
+            except UnreadableImageError as error:
+                messages.append(str(error))
+        assert len(messages) > 20
+        assert all(str(path) in message for message in messages)
+
+
+class TestCheckReadable:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        (tmp_path / "a").mkdir()
+        for number in range(4):
+            noise = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "a" / f"{number}.png")
+        return tmp_path
+
+    def test_sound_images_pass(self, folder: Path) -> None:
+        collection = load_image_folder(folder)
+        checked, unreadable = check_readable(collection, decode=True)
+        assert checked is collection
+        assert unreadable == []
+
+    def test_header_check_finds_foreign_and_empty_files(self, folder: Path) -> None:
+        (folder / "a" / "1.png").write_text("no image")
+        (folder / "a" / "3.png").write_bytes(b"")
+        found = find_unreadable(load_image_folder(folder))
+        assert [(bad.index, bad.name) for bad in found] == [(1, "a/1.png"), (3, "a/3.png")]
+        assert "not an image" in found[0].reason
+
+    def test_full_decode_finds_truncation(self, folder: Path) -> None:
+        whole = (folder / "a" / "2.png").read_bytes()
+        (folder / "a" / "2.png").write_bytes(whole[: len(whole) // 2])
+        collection = load_image_folder(folder)
+        assert find_unreadable(collection) == []
+        assert [bad.name for bad in find_unreadable(collection, decode=True)] == ["a/2.png"]
+
+    def test_raises_or_skips_on_request(self, folder: Path) -> None:
+        (folder / "a" / "1.png").write_text("no image")
+        collection = load_image_folder(folder)
+        with pytest.raises(UnreadableImageError, match=r"1 of 4 images .* a/1\.png \(not an image"):
+            check_readable(collection)
+        rest, unreadable = check_readable(collection, skip_errors=True)
+        assert [rest.image_name(i) for i in range(3)] == ["a/0.png", "a/2.png", "a/3.png"]
+        assert [bad.index for bad in unreadable] == [1]
+
+    def test_nothing_readable_is_an_error_even_when_skipping(self, folder: Path) -> None:
+        for number in range(4):
+            (folder / "a" / f"{number}.png").write_text("no image")
+        with pytest.raises(UnreadableImageError, match="4 of 4 images"):
+            check_readable(load_image_folder(folder), skip_errors=True)
+
+    def test_images_in_memory_need_no_check(self, birds: ImageCollection) -> None:
+        assert check_readable(birds) == (birds, [])

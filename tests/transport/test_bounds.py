@@ -1,0 +1,80 @@
+"""The dual reduction bound: below the value, close to it, and what its definition says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emd_retrieval.transport import lower_bound, solve
+
+
+def test_never_above_the_value(every_kind, unit):
+    for name, problem, value in every_kind:
+        excess = ((lower_bound(*problem) - value) / unit(*problem)).max()
+        assert excess <= 1e-6, f"{name}: {excess:.2g}"
+
+
+def reduction(cost, supply, demand):
+    """The definition, node by node."""
+    N, M = cost.shape
+    u = [min(cost[i, j] for j in range(M)) for i in range(N)]
+    v = [min(cost[i, j] - u[i] for i in range(N)) for j in range(M)]
+    return sum(supply[i] * u[i] for i in range(N)) + sum(demand[j] * v[j] for j in range(M))
+
+
+@pytest.mark.parametrize(("N", "M"), [(1, 1), (3, 5), (6, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_its_definition(N, M, dtype, make_problem):
+    problem = make_problem(N, M, batch=4, dtype=dtype, seed=N)
+    expected = [
+        max(reduction(cost, supply, demand), reduction(cost.T, demand, supply))
+        for cost, supply, demand in zip(*problem, strict=True)
+    ]
+    bound = lower_bound(*problem)
+    assert bound.dtype == dtype
+    torch.testing.assert_close(bound, torch.stack(expected), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("N", "M"), [(1, 6), (6, 1)])
+def test_exact_with_one_node_on_a_side(N, M, make_problem):
+    problem = make_problem(N, M, batch=4)
+    torch.testing.assert_close(lower_bound(*problem), solve(*problem).value)
+
+
+def test_tight_where_costs_are_structured():
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(25, 64, generator=generator)
+    noise = torch.randn(2, 20, 25, 64, generator=generator)
+    query, reference = torch.nn.functional.normalize(parts + 0.5 * noise, dim=-1)
+    cost = 1 - query @ reference.mT
+    weights = torch.full((20, 25), 1 / 25)
+    ratio = lower_bound(cost, weights, weights) / solve(cost, weights, weights).value
+    assert ratio.min() > 0.9
+
+
+def test_swapping_the_sides_changes_nothing(make_problem):
+    cost, supply, demand = make_problem(5, 8, batch=6)
+    torch.testing.assert_close(
+        lower_bound(cost, supply, demand), lower_bound(cost.mT, demand, supply)
+    )
+
+
+def test_leading_dimensions_and_strides(make_problem):
+    cost, supply, demand = make_problem(4, 7, batch=6)
+    expected = lower_bound(cost, supply, demand)
+    shaped = lower_bound(
+        cost.mT.contiguous().mT.reshape(2, 3, 4, 7), supply.reshape(2, 3, 4), demand.view(2, 3, 7)
+    )
+    assert torch.equal(shaped, expected.reshape(2, 3))
+    alone = lower_bound(cost[1], supply[1], demand[1])
+    torch.testing.assert_close(alone, expected[1])
+
+
+def test_has_no_gradient(make_problem):
+    cost, supply, demand = make_problem(4, 7)
+    assert not lower_bound(cost.requires_grad_(), supply.requires_grad_(), demand).requires_grad
+
+
+def test_empty_batch():
+    bound = lower_bound(torch.empty(2, 0, 3, 4), torch.empty(2, 0, 3), torch.empty(2, 0, 4))
+    assert bound.shape == (2, 0)
