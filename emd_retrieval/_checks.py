@@ -67,7 +67,7 @@ def check_tensor(
             )
     if not fits:
         known = {w: bound[w] for w in wanted if isinstance(w, str) and w in (sizes or {})}
-        told = "".join(f", with {k} = {v}" for k, v in known.items())
+        told = f", with {', '.join(f'{k} = {v}' for k, v in known.items())}" if known else ""
         raise ValueError(f"{name}: expected shape [{', '.join(map(str, dims))}]{told}, got {got}")
     if finite:
         check_finite(name, value)

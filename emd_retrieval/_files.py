@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,20 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_folder(path: str | Path, name: str = "output") -> None:
+    """Find out before the work whether a folder can be written to after it; nothing is made.
+
+    Raises:
+        NotADirectoryError: If it is a file, or would lie below one.
+        PermissionError: If it may not be written to.
+    """
+    place = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{name}: expected a folder, got {path}, but {place} is a file")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{name}: {path} cannot be written, {place} is read-only")
 
 
 def write_text(path: str | Path, text: str) -> Path:

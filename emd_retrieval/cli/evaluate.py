@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +83,27 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 
     out = parser.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="DIR", help="folder (runs/evaluate)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, default=parser.get_default))
     return parser
 
 
-def run(options: argparse.Namespace) -> None:
-    """Evaluate, write the results folder, print the table."""
-    import torch
+def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
+    """Evaluate, write the results folder, print the table.
 
+    Args:
+        options: What the user chose.
+        default: Gives an option's value where the user chose nothing.
+    """
     from emd_retrieval import workflows
+    from emd_retrieval._checks import check_choice
     from emd_retrieval.cli.printing import print_record, set_threads
     from emd_retrieval.features.extraction import default_workers
     from emd_retrieval.matching import EMDMatcher
+    from emd_retrieval.transport import available_solvers
 
     set_threads(options.threads)
-    _refuse_foreign(options)
+    _refuse_foreign(options, default)
+    check_choice("--solver", options.solver, available_solvers())
     output = options.output or Path("runs/evaluate")
     matcher = EMDMatcher(
         ground_cost=options.ground_cost,
@@ -105,7 +113,6 @@ def run(options: argparse.Namespace) -> None:
     )
     shortlist = _shortlist(options.shortlist)
     if options.data is not None:
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         record, _ = workflows.evaluate_images(
             workflows.EvaluateImages(
                 data=options.data,
@@ -121,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
                 shortlist=shortlist,
                 matcher=matcher,
                 batch_size=options.batch_size,
-                device=device,
+                device=_device(options.device),
                 bf16=options.bf16,
                 num_workers=default_workers() if options.workers is None else options.workers,
                 skip_errors=options.skip_errors,
@@ -168,6 +175,19 @@ def _shortlist(text: str) -> int | None:
     return int(text)
 
 
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: {name!r} cannot be used here ({reason})") from error
+    return name
+
+
 def _pyramid(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdigit() for part in parts):
@@ -175,19 +195,24 @@ def _pyramid(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _refuse_foreign(options: argparse.Namespace) -> None:
+_MATCHING = ("shortlist", "ground_cost", "node_weights", "weight_floor", "solver")
+_READ_BY = {
+    "--data": (
+        "classes", "gallery", "backbone", "weights", "layer", "extractor", "pyramid", "include_map",
+        "resize", "crop", "batch_size", "device", "bf16", "workers", "skip_errors", *_MATCHING,
+    ),
+    "--embeddings": (
+        "labels", "channels", "global_node", "gallery_embeddings", "gallery_labels", *_MATCHING,
+    ),
+    "--ranking": ("labels", "query_labels", "baseline"),
+}  # fmt: skip
+
+
+def _refuse_foreign(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
     """An option that the chosen source does not read is a misunderstanding, not a detail."""
-    sources = {
-        "--data": ["classes", "gallery", "weights", "layer"],
-        "--embeddings": ["channels", "global_node", "gallery_embeddings", "gallery_labels"],
-        "--ranking": ["query_labels", "baseline"],
-    }
-    chosen = next(name for name in sources if getattr(options, name[2:]) is not None)
-    for source, names in sources.items():
-        for name in names:
-            if source != chosen and getattr(options, name) is not None:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} goes with {source}, not with {chosen}"
-                )
-    if chosen == "--data" and options.labels is not None:
-        raise ValueError("--labels goes with --embeddings or --ranking; --data has its own labels")
+    chosen = next(source for source in _READ_BY if getattr(options, source[2:]) is not None)
+    for name in dict.fromkeys(name for names in _READ_BY.values() for name in names):
+        if name in _READ_BY[chosen] or getattr(options, name) == default(name):
+            continue
+        readers = " or ".join(source for source, names in _READ_BY.items() if name in names)
+        raise ValueError(f"--{name.replace('_', '-')} goes with {readers}, not with {chosen}")

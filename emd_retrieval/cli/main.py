@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from emd_retrieval.progress import quiet
 
@@ -44,12 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Bad usage in one line, like every other bad input; argparse would print the usage as well."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"emd-retrieval: error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     # Imported here, so that `emd-retrieval --help` does not wait for torch.
     from emd_retrieval.cli import demo, evaluate
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="emd-retrieval",
         description="Image retrieval by the Earth Mover's Distance between sets of local features.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,10 +74,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     common = command.add_argument_group("running")
-    common.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    common.add_argument(
+        "--seed", type=_seed, default=0, help="seed of everything random (default 0)"
+    )
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
     common.add_argument("--debug", action="store_true", help="on an error, show the traceback")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, zero or more, got {text!r}")
+    return int(text)
 
 
 def _fail(error: BaseException, code: int, debug: bool) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,25 +26,44 @@ def normalize_weights(weights: Tensor, total: float = 1.0) -> Tensor:
     return safe * (total / safe.sum(dim=-1, keepdim=True))
 
 
-class NodeWeights(Protocol):
-    """Gives both sides' weights, each side normalised to a total of one."""
+class WeighedNodes(NamedTuple):
+    """Sets with what their weights need of each set alone, computed once a set.
 
-    def paired(self, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    Attributes:
+        nodes: Raw local features. Shape: ``[..., N, D]``.
+        mean: Their mean. Shape: ``[..., D]``.
+        scale: Root mean square of their norms. Shape: ``[...]``.
+    """
+
+    nodes: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, nodes: Tensor) -> WeighedNodes:
+        """Measure sets. Shape: ``[..., N, D]``."""
+        squares = nodes.square().sum(dim=-1).mean(dim=-1)
+        scale = squares.clamp_min(torch.finfo(nodes.dtype).tiny).sqrt()
+        return cls(nodes, nodes.mean(dim=-2), scale)
+
+    def at(self, rows: Tensor | slice) -> WeighedNodes:
+        """The sets at some rows."""
+        return WeighedNodes(self.nodes[rows], self.mean[rows], self.scale[rows])
+
+
+class NodeWeights(Protocol):
+    """Both sides' weights, each normalised to a total of one, in a matcher's three layouts."""
+
+    def paired(self, query: WeighedNodes, reference: WeighedNodes) -> tuple[Tensor, Tensor]:
         """``[..., N, D], [..., M, D] -> [..., N], [..., M]``."""
         ...
 
-    def all_pairs(self, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def all_pairs(self, query: WeighedNodes, reference: WeighedNodes) -> tuple[Tensor, Tensor]:
         """``[Q, N, D], [R, M, D] -> [Q, R, N], [Q, R, M]``."""
         ...
 
-    def gallery(self, reference: Tensor) -> tuple[Tensor, ...]:
-        """What a shortlist needs of the gallery's sets, once for all queries. ``[R, ...]`` each."""
-        ...
-
-    def shortlist(
-        self, query: Tensor, chosen: Tensor, chosen_gallery: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """``[Q, N, D], [Q, C, M, D] -> [Q, C, N], [Q, C, M]``; gallery facts gathered alike."""
+    def shortlist(self, query: WeighedNodes, chosen: WeighedNodes) -> tuple[Tensor, Tensor]:
+        """``[Q, N, D], [Q, C, M, D] -> [Q, C, N], [Q, C, M]``."""
         ...
 
 
@@ -54,17 +74,11 @@ class CrossReferenceWeights:
     Computed on raw features: neither centred nor normalised, as in the reference code.
 
     Args:
-        floor: Added to every weight, so that no node is lost (reference code: 1e-3; Equation 11 has
-            none).
+        floor: Added to every weight, so that no node is lost (reference code: 1e-3; Equation 11
+            has none).
         floor_scale: ``"relative"`` measures the floor in units of the two sets' root-mean-square
             node norms, so that scaling the features by any constant changes nothing: PML's testers
             and ``InferenceModel`` L2-normalise packed sets. ``"absolute"`` is the reference code's.
-
-    Example:
-        >>> weights = CrossReferenceWeights(floor=0.0)
-        >>> u, v = torch.eye(2), torch.tensor([[3.0, 1.0]])
-        >>> weights.paired(u, v)
-        (tensor([0.7500, 0.2500]), tensor([1.]))
     """
 
     floor: float = 1e-3
@@ -74,37 +88,31 @@ class CrossReferenceWeights:
         check_positive("weight_floor", self.floor, allow_zero=True)
         check_choice("weight_floor_scale", self.floor_scale, ["relative", "absolute"])
 
-    def paired(self, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def paired(self, query: WeighedNodes, reference: WeighedNodes) -> tuple[Tensor, Tensor]:
         """Weights of matching sets. Shape: ``[..., N, D], [..., M, D] -> [..., N], [..., M]``."""
-        supply = (query @ reference.mean(dim=-2).unsqueeze(-1)).squeeze(-1)
-        demand = (reference @ query.mean(dim=-2).unsqueeze(-1)).squeeze(-1)
-        return self._weights(supply, demand, _rms_norm(query) * _rms_norm(reference))
+        supply = (query.nodes @ reference.mean.unsqueeze(-1)).squeeze(-1)
+        demand = (reference.nodes @ query.mean.unsqueeze(-1)).squeeze(-1)
+        return self._weights(supply, demand, query.scale * reference.scale)
 
-    def all_pairs(self, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def all_pairs(self, query: WeighedNodes, reference: WeighedNodes) -> tuple[Tensor, Tensor]:
         """Weights of every pair. Shape: ``[Q, N, D], [R, M, D] -> [Q, R, N], [Q, R, M]``."""
-        supply = (query @ reference.mean(dim=1).mT).transpose(1, 2)
-        demand = torch.einsum("rmd,qd->qrm", reference, query.mean(dim=1))
-        return self._weights(supply, demand, torch.outer(_rms_norm(query), _rms_norm(reference)))
+        supply = (query.nodes @ reference.mean.mT).transpose(1, 2)
+        demand = (reference.nodes @ query.mean.mT).permute(2, 0, 1)
+        return self._weights(supply, demand, torch.outer(query.scale, reference.scale))
 
-    def gallery(self, reference: Tensor) -> tuple[Tensor, ...]:
-        """Mean node and scale of each set. Shape: ``[R, M, D] -> [R, D], [R]``."""
-        return reference.mean(dim=1), _rms_norm(reference)
-
-    def shortlist(
-        self, query: Tensor, chosen: Tensor, chosen_gallery: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
+    def shortlist(self, query: WeighedNodes, chosen: WeighedNodes) -> tuple[Tensor, Tensor]:
         """Weights of each query against its own candidates.
 
         Shape:
-            ``[Q, N, D], [Q, C, M, D], ([Q, C, D], [Q, C])`` to ``[Q, C, N], [Q, C, M]``.
+            ``[Q, N, D], [Q, C, M, D]`` to ``[Q, C, N], [Q, C, M]``.
         """
-        means, scales = chosen_gallery
-        supply = means @ query.mT
-        demand = torch.einsum("qcmd,qd->qcm", chosen, query.mean(dim=1))
-        return self._weights(supply, demand, _rms_norm(query).unsqueeze(1) * scales)
+        supply = chosen.mean @ query.nodes.mT
+        (q, c, m, d) = chosen.nodes.shape
+        demand = chosen.nodes.view(q, c * m, d) @ query.mean.unsqueeze(-1)
+        return self._weights(supply, demand.view(q, c, m), query.scale.unsqueeze(1) * chosen.scale)
 
     def _weights(self, supply: Tensor, demand: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Relevance scores to weights; ``scale`` is the product of both sides' norms."""
+        """Relevance scores to weights; ``scale`` is the product of both sides' scales."""
         floor: Tensor | float = self.floor
         if self.floor_scale == "relative":
             floor = (self.floor * scale).unsqueeze(-1)
@@ -118,26 +126,19 @@ class CrossReferenceWeights:
 class UniformWeights:
     """Equal weights: every node brings the same mass (Table 2, "Equal")."""
 
-    def paired(self, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def paired(self, query: WeighedNodes, reference: WeighedNodes) -> tuple[Tensor, Tensor]:
         """Weights of matching sets. Shape: ``[..., N, D], [..., M, D] -> [..., N], [..., M]``."""
-        n, m = query.shape[-2], reference.shape[-2]
-        return query.new_full(query.shape[:-1], 1 / n), query.new_full(reference.shape[:-1], 1 / m)
+        return _equal(query.nodes.shape[:-1], query), _equal(reference.nodes.shape[:-1], query)
 
-    def all_pairs(self, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def all_pairs(self, query: WeighedNodes, reference: WeighedNodes) -> tuple[Tensor, Tensor]:
         """Weights of every pair. Shape: ``[Q, N, D], [R, M, D] -> [Q, R, N], [Q, R, M]``."""
-        (q, n, _), (r, m, _) = query.shape, reference.shape
-        return query.new_full((q, r, n), 1 / n), query.new_full((q, r, m), 1 / m)
+        (q, n, _), (r, m, _) = query.nodes.shape, reference.nodes.shape
+        return _equal((q, r, n), query), _equal((q, r, m), query)
 
-    def gallery(self, reference: Tensor) -> tuple[Tensor, ...]:
-        """Nothing: equal weights do not look at the sets."""
-        return ()
-
-    def shortlist(
-        self, query: Tensor, chosen: Tensor, chosen_gallery: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
+    def shortlist(self, query: WeighedNodes, chosen: WeighedNodes) -> tuple[Tensor, Tensor]:
         """Weights of each query against its candidates. Shape: ``[Q, C, N], [Q, C, M]``."""
-        (q, n, _), (c, m) = query.shape, chosen.shape[1:3]
-        return query.new_full((q, c, n), 1 / n), query.new_full((q, c, m), 1 / m)
+        (q, n, _), (c, m) = query.nodes.shape, chosen.nodes.shape[1:3]
+        return _equal((q, c, n), query), _equal((q, c, m), query)
 
 
 def cross_reference_weights(
@@ -157,10 +158,16 @@ def cross_reference_weights(
     Raises:
         TypeError: If an argument is not a floating-point tensor.
         ValueError: If the channels differ, or the floor is negative.
+
+    Example:
+        >>> u, v = torch.eye(2), torch.tensor([[3.0, 1.0]])
+        >>> cross_reference_weights(u, v, floor=0.0)
+        (tensor([0.7500, 0.2500]), tensor([1.]))
     """
     sizes = check_tensor("query", query, ["...", "N", "D"])
     check_tensor("reference", reference, ["...", "M", "D"], sizes=sizes)
-    return CrossReferenceWeights(floor, floor_scale).paired(query, reference)
+    weights = CrossReferenceWeights(floor, floor_scale)
+    return weights.paired(WeighedNodes.of(query), WeighedNodes.of(reference))
 
 
 def node_weights(name: str, *, floor: float = 1e-3, floor_scale: str = "relative") -> NodeWeights:
@@ -175,6 +182,5 @@ def node_weights(name: str, *, floor: float = 1e-3, floor_scale: str = "relative
     return CrossReferenceWeights(floor, floor_scale)
 
 
-def _rms_norm(nodes: Tensor) -> Tensor:
-    """Root mean square over nodes of the node norms. Shape: ``[..., N, D] -> [...]``."""
-    return nodes.square().sum(dim=-1).mean(dim=-1).clamp_min(torch.finfo(nodes.dtype).tiny).sqrt()
+def _equal(shape: Sequence[int], like: WeighedNodes) -> Tensor:
+    return like.nodes.new_full(tuple(shape), 1 / shape[-1])

@@ -39,7 +39,7 @@ def bootstrap_interval(
         level: Coverage of the interval.
 
     Raises:
-        ValueError: If there are no values, or one is not finite.
+        ValueError: If there are no values, one is not finite, or ``level`` is no coverage.
 
     Example:
         >>> bootstrap_interval(np.array([1.0, 1.0, 1.0]))
@@ -48,6 +48,8 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(f"values: expected finite numbers [q], got shape {list(values.shape)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     size, chunk = len(values), max(1, 4_000_000 // len(values))

@@ -9,17 +9,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emd_retrieval._checks import check_positive, check_tensor
+from emd_retrieval._checks import check_finite, check_positive, check_tensor
 from emd_retrieval._files import whole_file
 from emd_retrieval.features.packing import global_vectors, unpack
-from emd_retrieval.matching import EMDMatcher
+from emd_retrieval.matching import EMDMatcher, PreparedSets
 from emd_retrieval.retrieval.ranking import Ranking, rank_by
 from emd_retrieval.retrieval.shortlist import FaissShortlist
 
 
 def search_sets(
-    query: Tensor,
-    gallery: Tensor,
+    query: Tensor | PreparedSets,
+    gallery: Tensor | PreparedSets,
     k: int,
     *,
     matcher: EMDMatcher,
@@ -32,7 +32,9 @@ def search_sets(
 
     Args:
         query: Shape: ``[Q, N, D]``.
-        gallery: Shape: ``[R, M, D]``.
+        gallery: Shape: ``[R, M, D]``. Prepare it once (:meth:`EMDMatcher.prepare`) and pass
+            ``index`` where queries come a few at a time; the very object ``query`` searches the
+            queries among themselves.
         k: Depth of the answer.
         matcher: The EMD similarity.
         shortlist: How many candidates of the first stage are compared by EMD; ``None`` compares
@@ -47,13 +49,16 @@ def search_sets(
     if shortlist is None:
         return rank_by(matcher.all_pairs(query, gallery), k, exclude=exclude)
     if index is None:
-        index = FaissShortlist(global_vectors(gallery, global_node))
+        index = FaissShortlist(global_vectors(_nodes(gallery), global_node))
     most = len(gallery) - (exclude is not None)
-    first = index.search(
-        global_vectors(query, global_node), min(most, max(k, shortlist)), exclude=exclude
-    )
+    vectors = global_vectors(_nodes(query), global_node)
+    first = index.search(vectors, min(most, max(k, shortlist)), exclude=exclude)
     scores = matcher.shortlist(query, gallery, first.rows[:, :shortlist])
     return first.reordered(scores).top(k)
+
+
+def _nodes(sets: Tensor | PreparedSets) -> Tensor:
+    return sets.nodes if isinstance(sets, PreparedSets) else sets
 
 
 class EMDKNN:
@@ -101,6 +106,7 @@ class EMDKNN:
         self.reset_before = reset_before
         self.reset_after = reset_after
         self._sets: Tensor | None = None
+        self._prepared: PreparedSets | None = None
         self._index: FaissShortlist | None = None
 
     def __call__(
@@ -128,23 +134,26 @@ class EMDKNN:
         if reference is not None:
             if self.reset_before:
                 self.reset()
-            self.add(reference)
+            self._append(reference, "reference")
         if self._sets is None:
             raise ValueError(
                 "reference: there is nothing to search; pass reference=, or call train() first "
                 "(reset_after=True forgets the sets after each call)"
             )
         sets = unpack(query.detach().float().cpu(), self.channels, name="query")
+        check_finite("query", sets)
         exclude = torch.arange(len(sets)) if ref_includes_query else None
         most = len(self._sets) - (exclude is not None)
         if not 1 <= k <= most:
             raise ValueError(f"k: expected 1 to {most} (the reference sets), got {k}")
         if self.shortlist is not None and self._index is None:
             self._index = FaissShortlist(global_vectors(self._sets, self.global_node))
+        if self._prepared is None:
+            self._prepared = self.matcher.prepare(self._sets)
         same = ref_includes_query and torch.equal(sets, self._sets)
         ranking = search_sets(
-            self._sets if same else sets,
-            self._sets,
+            self._prepared if same else sets,
+            self._prepared,
             k,
             matcher=self.matcher,
             shortlist=self.shortlist,
@@ -163,16 +172,21 @@ class EMDKNN:
 
     def add(self, embeddings: Tensor) -> None:
         """Add packed sets of the same number of nodes. Shape: ``[R, M * D]``."""
+        self._append(embeddings, "embeddings")
+
+    def _append(self, embeddings: Tensor, name: str) -> None:
         embeddings = torch.as_tensor(embeddings).detach().float().cpu()
-        sets = unpack(embeddings, self.channels, name="embeddings")
+        sets = unpack(embeddings, self.channels, name=name)
+        check_finite(name, sets)
         if self._sets is not None:
-            check_tensor("embeddings", sets, ["R", self._sets.shape[1], self.channels])
+            check_tensor(name, sets, ["R", self._sets.shape[1], self.channels])
             sets = torch.cat([self._sets, sets])
-        self._sets, self._index = sets.contiguous(), None
+        self.reset()
+        self._sets = sets.contiguous()
 
     def reset(self) -> None:
         """Forget the reference sets."""
-        self._sets = self._index = None
+        self._sets = self._prepared = self._index = None
 
     def save(self, filename: str | Path) -> None:
         """Write the reference sets to a file (safetensors), whole or not at all."""
@@ -195,4 +209,5 @@ class EMDKNN:
                 f"filename: {str(filename)!r} holds no saved sets ({error})"
             ) from error
         check_tensor("sets", sets, ["R", "M", self.channels])
-        self._sets, self._index = sets, None
+        self.reset()
+        self._sets = sets

@@ -116,12 +116,18 @@ def score_ranking(
             itself; by default so exactly where ``gallery_labels`` is ``None``.
 
     Raises:
-        ValueError: If no query has a relevant gallery image, or the ranking is too shallow.
+        ValueError: If no query has a relevant gallery image, the ranking is too shallow or names
+            rows that the gallery does not have, or labels do not fit.
     """
     same = gallery_labels is None if gallery_includes_query is None else gallery_includes_query
     gallery_labels = query_labels if gallery_labels is None else gallery_labels
     check_tensor("query_labels", query_labels, [len(ranking)], floating=False)
     check_tensor("gallery_labels", gallery_labels, ["R"], floating=False)
+    if same and not torch.equal(gallery_labels[: len(query_labels)], query_labels):
+        raise ValueError(
+            "gallery_labels: expected the queries' labels first, since the first gallery rows are "
+            "the queries, got others"
+        )
     relevant = relevant_counts(query_labels, gallery_labels, gallery_includes_query=same)
     kept = relevant > 0
     if not bool(kept.any()):
@@ -135,6 +141,12 @@ def score_ranking(
             f"ranking: expected at least max R = {deepest} neighbours a query, got {ranking.depth}"
         )
     ranking = ranking.top(deepest)
+    lowest, highest = int(ranking.rows.min()), int(ranking.rows.max())
+    if lowest < 0 or highest >= len(gallery_labels):
+        raise ValueError(
+            f"ranking: expected rows of the gallery, 0 to {len(gallery_labels) - 1}, "
+            f"got {lowest} to {highest}"
+        )
     hits = gallery_labels[ranking.rows[kept]] == query_labels[kept].unsqueeze(1)
     per_query = pd.DataFrame(
         {

@@ -72,7 +72,11 @@ def rank_by(scores: Tensor, k: int, *, exclude: Tensor | None = None) -> Ranking
         scores: Similarities. Shape: ``[Q, R]``.
         k: Depth; at most R, less one with ``exclude``.
         exclude: A gallery row to leave out for each query, usually itself. Shape: ``[Q]``.
+
+    Raises:
+        ValueError: If the shape or ``k`` does not fit.
     """
+    check_tensor("scores", scores, ["Q", "R"])
     queries, size = scores.shape
     most = size - (exclude is not None)
     if not 1 <= k <= most:

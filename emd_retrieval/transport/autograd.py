@@ -11,12 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_retrieval.transport.plan import TransportPlan
 from emd_retrieval.transport.problem import check_problem
 from emd_retrieval.transport.solve import SOLVERS, check_solver, solve_checked
-
-# Interior point and Sinkhorn loop until they converge, which no compiled graph can hold.
-_solve_eagerly = torch.compiler.disable(solve_checked)
 
 
 def emd(
@@ -73,7 +69,12 @@ def emd(
     cost, supply, demand = check_problem(cost, supply, demand)
     check_solver(solver, options)
     if SOLVERS[solver].differentiable:
-        plan: TransportPlan = _solve_eagerly(
+        solve_here = solve_checked
+        if torch.compiler.is_compiling():
+            # These loop until they converge, which no graph can hold. Decorating the function where
+            # it is defined would load the whole compiler with this module.
+            solve_here = torch.compiler.disable(solve_checked)
+        plan = solve_here(
             cost,
             supply,
             demand,

@@ -11,6 +11,7 @@ from emd_retrieval.transport.problem import (
     check_values,
     flatten_problem,
 )
+from emd_retrieval.transport.solve import runs_natively
 
 
 def lower_bound(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
@@ -43,15 +44,23 @@ def lower_bound(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
     if cost.numel() == 0:
         return cost.new_empty(leading)
     with torch.no_grad():
-        cost, supply, demand = flatten_problem(cost, supply, demand)
+        problem = flatten_problem(cost, supply, demand)
         try:
-            totals = check_values(cost, supply, demand)
+            if runs_natively("simplex", cost):
+                from emd_retrieval.transport.simplex import native_lower_bound
+
+                return native_lower_bound(*problem).reshape(leading)
+            return _lower_bound(*problem).reshape(leading)
         except InvalidProblemError as fault:
             raise fault.in_batch(leading) from None
-        demand = demand * (totals[0] / totals[1]).to(demand.dtype)[:, None]
-        rows_first = _reduction(cost, supply, demand)
-        columns_first = _reduction(cost.mT, demand, supply)
-        return torch.maximum(rows_first, columns_first).to(cost.dtype).reshape(leading)
+
+
+def _lower_bound(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
+    supply_total, demand_total = check_values(cost, supply, demand)
+    demand = demand * (supply_total / demand_total).to(demand.dtype)[:, None]
+    rows_first = _reduction(cost, supply, demand)
+    columns_first = _reduction(cost.mT, demand, supply)
+    return torch.maximum(rows_first, columns_first).to(cost.dtype)
 
 
 def _reduction(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:

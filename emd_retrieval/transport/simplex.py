@@ -1,13 +1,14 @@
 """The package's own exact solver on the CPU: the network simplex of the native core, for batches.
 
-Arguments become arrays here and faults become errors; the algorithm is in ``native/``, the CUDA twin
+Tensors become arrays here and faults become errors; the algorithm is in ``native/``, its CUDA twin
 in ``cuda/``. Threads follow :func:`torch.get_num_threads`.
 """
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn, overload
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -40,11 +41,11 @@ def solve_simplex(
 ) -> TransportPlan:
     """Solve a flat batch exactly with the network simplex (Equation 1).
 
-    Costs are compared as integers of 25 bits over each problem's range (24 where both sides have more
-    than 32 nodes). Float32 costs ``1 - cosine`` lose nothing by it up to 32 nodes and at most ``2^-24``
-    a unit of mass above; for any others the value is within ``2^-23`` of the range times the mass
-    (``2^-24`` up to 32 nodes). It is the exact cost of the returned flow. The potentials are feasible
-    to within ``2e-7`` of the range, or of the costs' size where float32 holds them no better.
+    Costs are compared as integers of 25 bits over each problem's range (24 where both sides have
+    more than 32 nodes). Float32 costs ``1 - cosine`` lose nothing by it up to 32 nodes and at most
+    ``2^-24`` a unit of mass above; for any others the value is within ``2^-23`` of range x mass
+    (``2^-24`` up to 32 nodes). It is the exact cost of the returned flow. The potentials are
+    feasible to within ``2e-7`` of the range, or of the costs where float32 holds them no better.
 
     Args:
         cost: Float32 or float64 on the CPU, contiguous, of any finite scale and sign.
@@ -62,7 +63,6 @@ def solve_simplex(
         ValueError: If the instruction set is not there.
         RuntimeError: If a problem takes more than ``most_pivots`` pivots.
     """
-    cost, supply, demand = cost.detach(), supply.detach(), demand.detach()
     plan = TransportPlan(
         value=cost.new_empty(len(cost)),
         flow=torch.empty_like(cost) if need_flow else None,
@@ -70,13 +70,13 @@ def solve_simplex(
         demand_potential=torch.empty_like(demand) if need_potentials else None,
     )
     fault, index, _ = _native.solve(
-        cost,
-        supply,
-        demand,
-        plan.value,
-        plan.flow,
-        plan.supply_potential,
-        plan.demand_potential,
+        _array(cost),
+        _array(supply),
+        _array(demand),
+        _array(plan.value),
+        _array(plan.flow),
+        _array(plan.supply_potential),
+        _array(plan.demand_potential),
         most_pivots,
         torch.get_num_threads(),
         _runnable(instruction_set),
@@ -102,10 +102,9 @@ def native_lower_bound(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
     Raises:
         InvalidProblemError: See :func:`solve_simplex`.
     """
-    cost, supply, demand = cost.detach(), supply.detach(), demand.detach()
     bound = cost.new_empty(len(cost))
     fault, index, _ = _native.lower_bound(
-        cost, supply, demand, bound, torch.get_num_threads(), None
+        _array(cost), _array(supply), _array(demand), _array(bound), torch.get_num_threads(), None
     )
     if fault is not None:
         _raise(fault, index, cost, supply, demand, MOST_PIVOTS)
@@ -117,9 +116,9 @@ def simplex_top_k(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ``k`` candidates of least distance of each query, without solving all of them to the end.
 
-    Candidates are solved in the order of their reduction bounds until no bound is left below the k-th
-    best distance; the simplex itself stops where its potentials prove a candidate worse than that.
-    Distances, order (ties by index) and indices are those of solving every candidate.
+    Candidates are solved in the order of their reduction bounds until no bound is left below the
+    k-th best distance; the simplex itself stops where its potentials prove a candidate worse than
+    that. Distances, indices and order (ties by index) are those of solving every candidate.
 
     Args:
         cost: As for :func:`solve_simplex`, with C candidates a query. Shape: ``[Q, C, N, M]``.
@@ -128,8 +127,8 @@ def simplex_top_k(
         k: From 1 to C.
 
     Returns:
-        Distances (each value divided by its mass, the sum of supply in float64 rounded to the costs'
-        dtype), ascending; their candidates; and the number of candidates solved to the end.
+        Distances, ascending: each value divided by its mass, supply summed in float64 and rounded
+        to the costs' dtype; their candidates; the number of candidates solved to the end.
         Shapes: ``[Q, k]``, ``[Q, k]``, ``[Q]``.
 
     Raises:
@@ -140,14 +139,22 @@ def simplex_top_k(
     Q, C = cost.shape[:2]
     if not 1 <= k <= C:
         raise ValueError(f"k: expected 1 to {C}, the number of candidates, got {k}")
-    cost, supply, demand = (part.detach().flatten(0, 1) for part in (cost, supply, demand))
+    cost, supply, demand = (part.flatten(0, 1) for part in (cost, supply, demand))
     distance = cost.new_empty(Q, k)
     index = torch.empty(Q, k, dtype=torch.int64)
     solved = torch.empty(Q, dtype=torch.int64)
     if Q == 0:
         return distance, index, solved
     fault, place, _ = _native.top_k(
-        cost, supply, demand, distance, index, solved, MOST_PIVOTS, torch.get_num_threads(), None
+        _array(cost),
+        _array(supply),
+        _array(demand),
+        _array(distance),
+        _array(index),
+        _array(solved),
+        MOST_PIVOTS,
+        torch.get_num_threads(),
+        None,
     )
     if fault is not None:
         try:
@@ -155,6 +162,15 @@ def simplex_top_k(
         except InvalidProblemError as error:
             raise error.in_batch([Q, C]) from None
     return distance, index, solved
+
+
+@overload
+def _array(tensor: Tensor) -> npt.NDArray[Any]: ...
+@overload
+def _array(tensor: Tensor | None) -> npt.NDArray[Any] | None: ...
+def _array(tensor: Tensor | None) -> npt.NDArray[Any] | None:
+    """The tensor's memory; nanobind takes it from NumPy at a tenth of what DLPack costs torch."""
+    return None if tensor is None else tensor.detach().numpy()
 
 
 def _runnable(instruction_set: str | None) -> str | None:
@@ -168,7 +184,7 @@ def _raise(
 ) -> NoReturn:
     if fault == "pivot_overrun":
         raise RuntimeError(
-            f"solver 'simplex': problem {index} of {len(cost)} was not solved in {most_pivots} pivots "
-            f"(cost {list(cost.shape[1:])}); please report it, and use solver='pot' meanwhile"
+            f"solver 'simplex': problem {index} of {len(cost)} takes over {most_pivots} pivots "
+            f"(cost [N, M] = {list(cost.shape[1:])}); please report it, and use solver='pot' for it"
         )
     raise_fault(index, cost, supply, demand)

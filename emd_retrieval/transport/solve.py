@@ -96,9 +96,9 @@ def solve(
       ``partial``) CPU problems go to ``pot``.
     - ``pot``: exact, float64, any size, CPU.
     - ``opencv``: the paper's inference solver, ``cv2.EMD``, float32, CPU; without potentials.
-    - ``sinkhorn``: entropic, any torch device; options ``epsilon``, ``iterations``.
+    - ``sinkhorn``: entropic, any torch device; options ``epsilon``, ``iterations``, ``tolerance``.
     - ``qp``: the paper's interior point with its quadratic term, any torch device; options
-      ``strength``, ``form``.
+      ``form``, ``strength``, ``max_iterations``.
 
     The plan carries gradients under ``sinkhorn`` and ``qp`` only; :func:`emd` does under every one.
 
@@ -114,8 +114,9 @@ def solve(
         need_potentials: Return the potentials, where the solver has them.
         cpu_round_trip: Copy tensors of another device to the CPU, solve there, copy the plan back:
             nothing does so unasked.
-        check: For ``simplex`` on CUDA: wait for the device and raise faults of values here rather
-            than at the next read. The other solvers always raise here.
+        check: For ``simplex`` on CUDA: wait for the device and raise faults of values here. Without
+            it a faulty problem's results are NaN, and a later call or
+            :func:`emd_retrieval.transport.cuda.raise_pending_faults` raises. All else raises here.
         **options: The solver's own, named above.
 
     Returns:
@@ -158,7 +159,7 @@ def check_solver(name: str, options: dict[str, Any]) -> None:
     """Raise unless ``name`` is a solver and every option one of its own."""
     if name not in SOLVERS or options:
         solver = SOLVERS[check_choice("solver", name, list(SOLVERS))]
-        own = _own_options(_load(solver))
+        own = _own_options(_load(solver)) if solver.differentiable else []
         foreign = sorted(set(options) - set(own))
         if foreign:
             takes = f"takes the options {', '.join(own)}" if own else "takes no options"
@@ -219,7 +220,7 @@ def solve_checked(
 def _choose(name: str, nodes: int, device_type: str) -> Solver:
     """The solver for this size and device, or an error that names those that would do."""
     solver = SOLVERS[name]
-    if name == "simplex" and (nodes > SIMPLEX_NODES or not find_spec(solver.requires)):
+    if name == "simplex" and nodes > SIMPLEX_NODES:
         name, solver = f"simplex above {SIMPLEX_NODES} nodes a side (pot)", SOLVERS["pot"]
     if solver.devices and device_type not in solver.devices:
         raise ValueError(
@@ -228,6 +229,12 @@ def _choose(name: str, nodes: int, device_type: str) -> Solver:
             "or pass cpu_round_trip=True to copy to the CPU and back"
         )
     return _CUDA_SIMPLEX if name == "simplex" and device_type == "cuda" else solver
+
+
+def runs_natively(name: str, cost: Tensor) -> bool:
+    """Whether :func:`solve` would give ``cost`` to the native simplex."""
+    on_cpu = cost.device.type == "cpu"
+    return name == "simplex" and on_cpu and max(cost.shape[-2:]) <= SIMPLEX_NODES
 
 
 def _load(solver: Solver) -> Callable[..., TransportPlan]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from emd_retrieval._checks import check_choice, check_tensor
 from emd_retrieval.transport.bounds import lower_bound
-from emd_retrieval.transport.problem import check_problem
-from emd_retrieval.transport.solve import solve
+from emd_retrieval.transport.problem import InvalidProblemError, check_problem
+from emd_retrieval.transport.solve import runs_natively, solve
 
 _EXACT_SOLVERS = ("simplex", "pot")
 _ROUND = 8
@@ -26,10 +26,10 @@ class TopK:
     """The nearest candidates of each query, nearest first.
 
     Attributes:
-        distance: Value divided by mass, in units of cost. Shape: ``[..., k]``.
+        distance: Value divided by mass (the sum of supply in float64, rounded to the costs' dtype),
+            in units of cost. Shape: ``[..., k]``.
         index: Their places among the candidates. Shape: ``[..., k]``, int64.
-        solved: How many problems of each query were solved, wholly or in part. Shape: ``[...]``,
-            int64.
+        solved: How many problems of each query were solved to the end. Shape: ``[...]``, int64.
     """
 
     distance: Tensor
@@ -76,29 +76,34 @@ def solve_top_k(
         raise ValueError(f"k: expected 1 to {count}, the number of candidates, got {k}")
     cost, supply, demand = check_problem(cost, supply, demand)
     leading = cost.shape[:-3]
-    bound = lower_bound(cost, supply, demand)
     if cost.numel() == 0:
         distance = cost.new_empty(*leading, k)
-        return TopK(distance, distance.long(), bound.new_empty(leading, dtype=torch.int64))
-    with torch.no_grad():
-        distance, index, solved = _solve_by_bound(
-            cost.reshape(-1, *cost.shape[-3:]),
-            supply.reshape(-1, *supply.shape[-2:]),
-            demand.reshape(-1, *demand.shape[-2:]),
-            bound.reshape(-1, count),
-            k,
-            solver,
-        )
+        return TopK(distance, distance.long(), cost.new_empty(leading, dtype=torch.int64))
+    try:
+        with torch.no_grad():
+            problem = (
+                cost.reshape(-1, *cost.shape[-3:]).contiguous(),
+                supply.reshape(-1, *supply.shape[-2:]).contiguous(),
+                demand.reshape(-1, *demand.shape[-2:]).contiguous(),
+            )
+            if runs_natively(solver, cost):
+                from emd_retrieval.transport.simplex import simplex_top_k
+
+                distance, index, solved = simplex_top_k(*problem, k)
+            else:
+                distance, index, solved = _solve_by_bound(*problem, k, solver)
+    except InvalidProblemError as fault:
+        raise fault.in_batch(cost.shape[:-2]) from None
     return TopK(distance.reshape(*leading, k), index.reshape(*leading, k), solved.reshape(leading))
 
 
 def _solve_by_bound(
-    cost: Tensor, supply: Tensor, demand: Tensor, bound: Tensor, k: int, solver: str
+    cost: Tensor, supply: Tensor, demand: Tensor, k: int, solver: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds over all queries, each solving a few candidates in the order of their bounds."""
-    queries, count = bound.shape
-    mass = supply.sum(-1)
-    bound, order = (bound / mass).sort(dim=-1, stable=True)
+    queries, count = cost.shape[:2]
+    mass = supply.sum(-1, dtype=torch.float64).to(cost.dtype)
+    bound, order = (lower_bound(cost, supply, demand) / mass).sort(dim=-1, stable=True)
     # Bounds and values carry a few roundings of the largest cost each: a candidate is left out only
     # where these cannot have lifted its bound above its value.
     slack = 16 * torch.finfo(cost.dtype).eps * cost.abs().amax((-3, -2, -1))

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from emd_retrieval._files import check_folder
 from emd_retrieval.datasets import (
     ImageCollection,
     ImageDataset,
+    UnreadableImageError,
     check_readable,
     load_images,
 )
@@ -96,6 +98,8 @@ def evaluate_images(
         FileNotFoundError: If a folder or file is missing.
         ValueError: If images, classes, weights or settings do not fit; the message says what to do.
     """
+    if output is not None:
+        check_folder(output)
     query, skipped = _load(settings.data, settings.classes, settings.skip_errors)
     gallery, more = (
         _load(settings.gallery, settings.classes, settings.skip_errors)
@@ -203,6 +207,10 @@ def evaluate_stored_sets(
         FileNotFoundError: If a file is missing.
         ValueError: If a file cannot be read, or shapes, labels and settings do not fit.
     """
+    if output is not None:
+        check_folder(output)
+    if settings.gallery_labels is not None and settings.gallery_embeddings is None:
+        raise ValueError("gallery_labels: there is no gallery; pass gallery_embeddings with them")
     query, names = _stored(
         settings.embeddings, settings.labels, settings.channels, settings.global_node, None
     )
@@ -293,6 +301,8 @@ def evaluate_ranking(
         FileNotFoundError: If a file is missing.
         ValueError: If a table lacks a column, an id has no label, or an answer is shorter than R.
     """
+    if output is not None:
+        check_folder(output)
     table = read_ranking(settings.ranking, settings.labels, settings.query_labels)
     rankings = {"ranking": table.ranking}
     if settings.baseline is not None:
@@ -379,15 +389,23 @@ def _extract(
     collection: ImageCollection, extractor: FCNExtractor, settings: EvaluateImages, name: str
 ) -> FeatureSet:
     transform = evaluation_transform(extractor.backbone, resize=settings.resize, crop=settings.crop)
-    return extract_features(
-        ImageDataset(collection, transform),
-        extractor,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        bf16=settings.bf16,
-        num_workers=settings.num_workers,
-        description=name,
-    )
+    try:
+        return extract_features(
+            ImageDataset(collection, transform),
+            extractor,
+            batch_size=settings.batch_size,
+            device=settings.device,
+            bf16=settings.bf16,
+            num_workers=settings.num_workers,
+            description=name,
+        )
+    except UnreadableImageError as error:
+        # A decoding process hands its traceback over as text; the error itself ends it.
+        reason = str(error).strip().rpartition("UnreadableImageError: ")[2]
+        raise UnreadableImageError(
+            f"{reason}. Restore or remove the image, or set skip_errors (--skip-errors) to go on "
+            "without unreadable ones"
+        ) from error
 
 
 def _stored(
@@ -398,7 +416,8 @@ def _stored(
     names: dict[Any, int] | None,
 ) -> tuple[FeatureSet, dict[Any, int]]:
     nodes, pooled, own_labels = read_matrix(embeddings, channels, global_node)
-    numbered, names = read_labels(labels, own_labels, len(nodes), embeddings, names)
+    option = "labels" if names is None else "gallery_labels"
+    numbered, names = read_labels(labels, own_labels, len(nodes), embeddings, names, option=option)
     return FeatureSet(nodes, pooled, numbered, torch.arange(len(nodes))), names
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -57,6 +58,10 @@ def read_matrix(
     labels = None
     if path.suffix == ".npy":
         array = _read_npy(path)
+    elif path.suffix == ".npz":
+        raise ValueError(
+            f"embeddings: expected an array (.npy) or a table (.parquet), got the archive {path.name}"
+        )
     else:
         table = _read_table(path)
         if "label" in table:
@@ -76,7 +81,8 @@ def read_matrix(
             )
         nodes = tensor
     else:
-        nodes = unpack(tensor, channels or tensor.shape[1], name=f"embeddings ({path.name})")
+        width = tensor.shape[1] if channels is None else channels
+        nodes = unpack(tensor, width, name=f"embeddings ({path.name})")
     check_finite(f"embeddings ({path.name})", nodes)
     return nodes, global_vectors(nodes, global_node), labels
 
@@ -87,6 +93,8 @@ def read_labels(
     count: int,
     embeddings: Path,
     names: dict[Any, int] | None = None,
+    *,
+    option: str = "labels",
 ) -> tuple[Tensor, dict[Any, int]]:
     """Labels as numbers, and the number of each name.
 
@@ -96,6 +104,7 @@ def read_labels(
         count: How many there must be.
         embeddings: The embeddings' file, for messages.
         names: Numbers given before, for labels that must agree with those of another file.
+        option: What the caller calls these labels.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -108,15 +117,16 @@ def read_labels(
         values = own
     else:
         raise ValueError(
-            f"labels: {embeddings.name} has no column 'label'; pass a labels file (--labels FILE)"
+            f"{option}: {embeddings.name} has no column 'label'; "
+            f"pass a labels file (--{option.replace('_', '-')} FILE)"
         )
     if values.shape != (count,):
         raise ValueError(
-            f"labels: expected {count}, one for each row of {embeddings.name}, "
+            f"{option}: expected {count}, one for each row of {embeddings.name}, "
             f"got shape {list(values.shape)}"
         )
     if pd.isna(values).any():
-        raise ValueError(f"labels: {int(pd.isna(values).sum())} of {count} are missing")
+        raise ValueError(f"{option}: {int(pd.isna(values).sum())} of {count} are missing")
     names = dict(names or {})
     numbers = [names.setdefault(value, len(names)) for value in values.tolist()]
     return torch.tensor(numbers), names
@@ -136,10 +146,11 @@ def read_ranking(path: Path, labels: Path, query_labels: Path | None) -> Ranking
     table = _read_table(path)
     for name in ("query", "id"):
         _column(table, name, path)
-    if "rank" in table:
-        table = table.sort_values("rank", kind="stable")
-    elif "score" in table:
-        table = table.sort_values("score", ascending=False, kind="stable")
+    for order, ascending in (("rank", True), ("score", False)):
+        if order in table:
+            _check_numbers(table[order], path)
+            table = table.sort_values(order, ascending=ascending, kind="stable")
+            break
     gallery = _labelled(labels)
     same = query_labels is None
     if same:
@@ -155,7 +166,8 @@ def read_ranking(path: Path, labels: Path, query_labels: Path | None) -> Ranking
         raise ValueError(
             f"ranking: the answer of query {twice['query']!r} lists id {twice['id']!r} twice"
         )
-    ids = [*queries, *(identity for identity in gallery if identity not in set(queries))]
+    asked = set(queries)
+    ids = [*queries, *(identity for identity in gallery if identity not in asked)]
     ids = ids if same else list(gallery)
     place = {identity: row for row, identity in enumerate(ids)}
     names: dict[Any, int] = {}
@@ -210,6 +222,12 @@ def _check_known(
     )
 
 
+def _check_numbers(values: pd.Series[Any], path: Path) -> None:
+    """Text sorts 10 before 9, and what is missing would end up last without a word."""
+    if not pd.api.types.is_numeric_dtype(values) or bool(values.isna().any()):
+        raise ValueError(f"{path.name}: expected a number in every row of column {values.name!r}")
+
+
 def _column(table: pd.DataFrame, name: str, path: Path) -> np.ndarray:
     if name not in table:
         raise ValueError(
@@ -220,11 +238,20 @@ def _column(table: pd.DataFrame, name: str, path: Path) -> np.ndarray:
 
 def _matrix_of(table: pd.DataFrame, path: Path) -> np.ndarray:
     if "embedding" in table:
-        rows = [np.asarray(row, dtype=np.float32) for row in table["embedding"]]
-        widths = {row.shape for row in rows}
-        if len(widths) != 1:
-            raise ValueError(f"embeddings: rows of {path.name} have different sizes")
-        return np.stack(rows)
+        try:
+            rows = [np.asarray(row, dtype=np.float32) for row in table["embedding"]]
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"embeddings: expected a flat list of numbers in every row of column 'embedding' "
+                f"of {path.name} ({error})"
+            ) from error
+        sizes = {row.shape for row in rows}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"embeddings: expected lists of one size in column 'embedding' of {path.name}, "
+                f"got {', '.join(str(list(size)) for size in sorted(sizes)[:5])}"
+            )
+        return np.stack(rows) if rows else np.empty((0, 0), np.float32)
     text = [str(c) for c in table if not pd.api.types.is_numeric_dtype(table[c])]
     if text:
         raise ValueError(
@@ -237,9 +264,11 @@ def _matrix_of(table: pd.DataFrame, path: Path) -> np.ndarray:
 def _read_npy(path: Path) -> np.ndarray:
     _check_file(path)
     try:
-        array: np.ndarray = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path.name}: not a readable .npy array ({error})") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path.name}: an archive of arrays (.npz), expected a single .npy array")
     return array
 
 
@@ -252,7 +281,7 @@ def _read_table(path: Path) -> pd.DataFrame:
             return pd.read_parquet(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path.name}: not a readable table ({error})") from error
-    raise ValueError(f"{path.name}: expected a .npy, .parquet or .csv file, got {path.suffix!r}")
+    raise ValueError(f"{path.name}: expected a table, .parquet or .csv, got {path.suffix!r}")
 
 
 def _check_file(path: Path) -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from emd_retrieval.matching import (
+    WeighedNodes,
     cross_reference_weights,
     node_weights,
     normalize_weights,
@@ -29,14 +30,27 @@ def test_all_pairs_agree_with_paired(name, generator):
     query = torch.randn(3, 4, 6, generator=generator)
     reference = torch.randn(5, 7, 6, generator=generator)
     weights = node_weights(name)
-    supply, demand = weights.all_pairs(query, reference)
+    supply, demand = weights.all_pairs(WeighedNodes.of(query), WeighedNodes.of(reference))
     assert supply.shape == (3, 5, 4)
     assert demand.shape == (3, 5, 7)
     for i in range(3):
         for j in range(5):
-            one_supply, one_demand = weights.paired(query[i], reference[j])
+            one_supply, one_demand = weights.paired(
+                WeighedNodes.of(query[i]), WeighedNodes.of(reference[j])
+            )
             torch.testing.assert_close(supply[i, j], one_supply)
             torch.testing.assert_close(demand[i, j], one_demand)
+
+
+@pytest.mark.parametrize("name", ["cross_reference", "uniform"])
+def test_shortlists_agree_with_all_pairs(name, generator):
+    query = WeighedNodes.of(torch.randn(3, 4, 6, generator=generator))
+    reference = WeighedNodes.of(torch.randn(5, 7, 6, generator=generator))
+    candidates = torch.tensor([[0, 4], [2, 2], [3, 1]])
+    every = node_weights(name).all_pairs(query, reference)
+    chosen = node_weights(name).shortlist(query, reference.at(candidates))
+    for got, all_of_them in zip(chosen, every, strict=True):
+        torch.testing.assert_close(got, all_of_them[torch.arange(3).unsqueeze(1), candidates])
 
 
 @pytest.mark.parametrize("scale", [1e-4, 0.03, 1.0, 1e5])

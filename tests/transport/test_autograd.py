@@ -204,10 +204,17 @@ def test_compiled_graph_without_gradient(exact_solver, make_problem):
 
 @pytest.mark.parametrize("name", ["sinkhorn", "qp"])
 def test_torch_solvers_run_in_a_compiled_function(name, make_problem):
+    def loss(*parts):
+        return (emd(*parts, solver=name) * 2).sum()
+
     torch.compiler.reset()
-    problem = make_problem(4, 5)
-    compiled = torch.compile(lambda *parts: emd(*parts, solver=name) * 2, backend="aot_eager")
-    torch.testing.assert_close(compiled(*problem), 2 * emd(*problem, solver=name))
+    inputs = requiring_grad(make_problem(4, 5))
+    value = torch.compile(loss, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(value, loss(*inputs))
+    for gradient, other in zip(
+        torch.autograd.grad(value, inputs), torch.autograd.grad(loss(*inputs), inputs), strict=True
+    ):
+        torch.testing.assert_close(gradient, other)
 
 
 def test_autocast_does_not_touch_the_solver(solver, make_problem):

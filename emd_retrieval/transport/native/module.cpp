@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
@@ -141,16 +142,19 @@ PythonReport top_k(const Array<const Real, 3>& cost, const Array<const Real, 2>&
   });
 }
 
+// An argument that is used where it lies: nanobind would else copy what does not fit, results included.
+inline auto in_place(const char* name) { return nb::arg(name).noconvert(); }
+
 template <class Real>
 void define_for(nb::module_& module) {
-  module.def("solve", solve<Real>, nb::arg("cost"), nb::arg("supply"), nb::arg("demand"),
-             nb::arg("value"), nb::arg("flow").none(), nb::arg("supply_potential").none(),
-             nb::arg("demand_potential").none(), nb::arg("most_pivots"), nb::arg("threads"),
+  module.def("solve", solve<Real>, in_place("cost"), in_place("supply"), in_place("demand"),
+             in_place("value"), in_place("flow").none(), in_place("supply_potential").none(),
+             in_place("demand_potential").none(), nb::arg("most_pivots"), nb::arg("threads"),
              nb::arg("instruction_set").none());
-  module.def("lower_bound", lower_bound<Real>, nb::arg("cost"), nb::arg("supply"), nb::arg("demand"),
-             nb::arg("bound"), nb::arg("threads"), nb::arg("instruction_set").none());
-  module.def("top_k", top_k<Real>, nb::arg("cost"), nb::arg("supply"), nb::arg("demand"),
-             nb::arg("distance"), nb::arg("index"), nb::arg("solved"), nb::arg("most_pivots"),
+  module.def("lower_bound", lower_bound<Real>, in_place("cost"), in_place("supply"), in_place("demand"),
+             in_place("bound"), nb::arg("threads"), nb::arg("instruction_set").none());
+  module.def("top_k", top_k<Real>, in_place("cost"), in_place("supply"), in_place("demand"),
+             in_place("distance"), in_place("index"), in_place("solved"), nb::arg("most_pivots"),
              nb::arg("threads"), nb::arg("instruction_set").none());
 }
 

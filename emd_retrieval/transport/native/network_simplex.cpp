@@ -718,6 +718,8 @@ Outcome NetworkSimplex<kRows, kColumns>::bound(const Problem<Real>& problem,
   }
   for (int l = 0; l < lanes; l++)
     if (!(poison[l] == 0)) return Outcome::cost_not_finite;
+  for (int k = 0; k < vectors; k++)  // infinity less infinity would not stay out of a minimum
+    column_first[k] = count_from<decltype(poison < poison)>(k * lanes) < n ? column_first[k] : V{};
   for (int i = 0; i < m; i++) {
     V row[vectors];
     for (int k = 0; k < vectors; k++) {
