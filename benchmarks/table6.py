@@ -212,12 +212,12 @@ def against_print(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def laid_out(table: pd.DataFrame) -> pd.DataFrame:
-    """Three significant digits, and a dash where nothing was printed or measured."""
+    """Four significant digits, and a dash where nothing was printed or measured."""
 
     def cell(value: object) -> object:
         if not isinstance(value, float):
             return "-" if value is None else value
-        return "-" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        return "-" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
     return table.map(cell)
 

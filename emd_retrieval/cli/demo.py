@@ -38,14 +38,14 @@ def run(options: argparse.Namespace) -> None:
 
     from emd_retrieval import workflows
     from emd_retrieval.cli.printing import print_record, set_threads
-    from emd_retrieval.datasets import demo_birds, save_collection
+    from emd_retrieval.datasets import demo_birds, save_image_folder
 
     set_threads(options.threads)
     settings = workflows.Demo(seed=options.seed)
     if options.export is not None:
         species = settings.train_species + settings.test_species
         birds = demo_birds(species, settings.test_images, size=128, seed=options.seed)
-        save_collection(birds, options.export)
+        save_image_folder(birds, options.export)
         print(f"{len(birds)} images of {species} species written to {options.export}")
         return
     if options.steps is not None:

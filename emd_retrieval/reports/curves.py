@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib
 
 matplotlib.use("Agg", force=False)
@@ -37,10 +39,21 @@ def shortlist_figure(curve: pd.DataFrame, raw: dict[str, float] | None = None) -
     quality.legend(fontsize=8, frameon=False)
     latency.plot(curve["shortlist"], curve["ms a query"], color="#555555", marker="D")
     latency.set(ylabel="median latency a query (ms)", ylim=(0, None))
+    labelled = _apart(curve["shortlist"].tolist())
     for axes in (quality, latency):
         axes.set(xscale="log", xlabel="shortlist size (images compared by EMD)")
-        axes.set_xticks(curve["shortlist"], [str(size) for size in curve["shortlist"]], fontsize=7)
+        axes.set_xticks(labelled, [str(size) for size in labelled], fontsize=7)
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return figure
+
+
+def _apart(sizes: list[int]) -> list[int]:
+    """The sizes whose labels do not touch on a logarithmic axis, the last one for certain."""
+    nearest = 0.12 * math.log(max(sizes) / min(sizes))
+    kept: list[int] = []
+    for size in reversed(sizes):
+        if not kept or math.log(kept[-1] / size) > nearest:
+            kept.append(size)
+    return kept

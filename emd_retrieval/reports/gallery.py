@@ -49,6 +49,8 @@ class GalleryRow:
     after: Sequence[Neighbour]
 
 
+# Dollar signs in the name of a class or folder are no formula.
+@matplotlib.rc_context({"text.parse_math": False})
 def gallery_figure(
     rows: Sequence[GalleryRow], *, before: str = "Raw", after: str = "DeepEMD", title: str = ""
 ) -> Figure:

@@ -49,6 +49,8 @@ class MatchPicture:
     title: str
 
 
+# Dollar signs in the name of a class or folder are no formula.
+@matplotlib.rc_context({"text.parse_math": False})
 def match_figure(matches: Sequence[MatchPicture], *, pairs: int = 4) -> Figure:
     """Draw matches: node weights as light, the largest flows as paired boxes.
 

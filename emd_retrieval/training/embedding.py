@@ -126,7 +126,7 @@ def train_embedding(
 
     Args:
         task: What to train; it is changed in place and left in evaluation mode.
-        batches: At least as many as there are steps, for instance an :class:`ImageBatches`.
+        batches: For instance an :class:`ImageBatches`; they start again where they run out.
         description: Name of the progress bar.
         accelerator: Lightning's name of the device kind.
         bf16: Run the network in bfloat16; losses and distances stay in float32.
@@ -135,7 +135,7 @@ def train_embedding(
         The task.
 
     Raises:
-        ValueError: If the loss is not finite, or the batches run out.
+        ValueError: If the loss is not finite.
     """
     task.extractor.to(memory_format=torch.channels_last)
     with _quiet_lightning():
@@ -154,11 +154,6 @@ def train_embedding(
         )
         loader = torch.utils.data.DataLoader(_Wrapped(batches), batch_size=None)
         trainer.fit(task, loader)
-    if trainer.global_step < task.schedule.steps:
-        raise ValueError(
-            f"batches: expected at least {task.schedule.steps}, they ran out after "
-            f"{trainer.global_step}"
-        )
     task.eval()
     return task
 

@@ -34,6 +34,7 @@ def top_k(
     cost: _Reals,
     supply: _Reals,
     demand: _Reals,
+    mass: _Reals,
     distance: _Reals,
     index: npt.NDArray[np.int64],
     solved: npt.NDArray[np.int64],

@@ -149,6 +149,7 @@ def simplex_top_k(
         _array(cost),
         _array(supply),
         _array(demand),
+        _array(supply.sum(-1, dtype=torch.float64).to(supply.dtype)),
         _array(distance),
         _array(index),
         _array(solved),

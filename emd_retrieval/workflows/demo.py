@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,27 @@ from emd_retrieval.training import (
 )
 from emd_retrieval.workflows.gallery import ImageSide, save_pictures
 
+# Added to the seed for drawing: loss and learning rate were chosen on the species of seed 0.
+_FRESH_SPECIES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiSimilarity:
+    """How one method is trained: PML's ``MultiSimilarityLoss`` and the peak learning rate.
+
+    Attributes:
+        base: Similarity around which pairs are weighed. Pooled vectors and sets spread their
+            similarities differently, so each method has its own.
+        learning_rate: Peak learning rate of AdamW.
+        alpha: Sharpness for positive pairs.
+        beta: Sharpness for negative pairs.
+    """
+
+    base: float
+    learning_rate: float
+    alpha: float = 2.0
+    beta: float = 20.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
@@ -50,7 +71,8 @@ class Demo:
         images_per_class: Images of each.
         embedding_size: Channels of a node, and of Raw's pooled vector.
         pyramid: Levels of DeepEMD's feature pyramid.
-        learning_rate: Peak learning rate.
+        raw: Loss and learning rate of Raw.
+        deepemd: Loss and learning rate of DeepEMD.
         matcher: The EMD similarity.
         seed: Seed of species, images, weights, batches and bootstrap.
     """
@@ -60,12 +82,13 @@ class Demo:
     train_images: int = 40
     test_images: int = 20
     side: int = 64
-    steps: int = 400
+    steps: int = 800
     classes_per_batch: int = 8
     images_per_class: int = 4
     embedding_size: int = 64
     pyramid: tuple[int, ...] = (3, 2, 1)
-    learning_rate: float = 4e-3
+    raw: MultiSimilarity = MultiSimilarity(base=0.3, learning_rate=4e-3)
+    deepemd: MultiSimilarity = MultiSimilarity(base=0.6, learning_rate=3e-3)
     matcher: EMDMatcher = field(default_factory=EMDMatcher)
     seed: int = 0
 
@@ -111,9 +134,10 @@ def run_demo(
             **deepemd.describe(),
             **settings.matcher.describe(),
             "shortlist": "all pairs",
-            "loss": "MultiSimilarityLoss, each method with the best of the settings tried",
+            "loss": "MultiSimilarityLoss",
+            "raw": asdict(settings.raw),
+            "deepemd": asdict(settings.deepemd),
             "optimizer": "AdamW",
-            "learning_rate": settings.learning_rate,
             "steps": settings.steps,
             "batch": f"{settings.classes_per_batch} species x {settings.images_per_class}",
         },
@@ -121,7 +145,9 @@ def run_demo(
         seed=settings.seed,
         notes=(
             "Percent, with 95 % bootstrap intervals over queries; gains are paired by query.",
-            "Both methods: the same network from random weights, batches and steps.",
+            "Both methods: the same network from random weights, the same batches and steps; loss "
+            "threshold and learning rate were chosen for each on the species of another seed.",
+            "Neither has converged: with more steps both rise and the gap narrows.",
         ),
     )
     if output is not None:
@@ -143,7 +169,8 @@ def run_demo(
 def _draw(settings: Demo) -> tuple[ImageCollection, ImageCollection]:
     species = settings.train_species + settings.test_species
     images = max(settings.train_images, settings.test_images)
-    birds = demo_birds(species, images, size=settings.side, seed=settings.seed)
+    seed = _FRESH_SPECIES + settings.seed
+    birds = demo_birds(species, images, size=settings.side, seed=seed)
     place = np.arange(len(birds)) % images
     train = birds.subset((birds.labels < settings.train_species) & (place < settings.train_images))
     test = birds.subset((birds.labels >= settings.train_species) & (place < settings.test_images))
@@ -156,20 +183,16 @@ def _train(settings: Demo, train: ImageCollection, *, pooled: bool) -> FCNExtrac
         extractor = FCNExtractor(
             small_backbone(), pyramid=settings.pyramid, embedding_size=settings.embedding_size
         )
-    # The pooled cosine spreads wider than the EMD similarity, so each has its own threshold.
-    loss = (
-        MultiSimilarityLoss(alpha=2, beta=20, base=0.3, distance=CosineSimilarity())
+    method = settings.raw if pooled else settings.deepemd
+    distance = (
+        CosineSimilarity()
         if pooled
-        else MultiSimilarityLoss(
-            alpha=2,
-            beta=20,
-            base=0.5,
-            distance=DeepEMDSimilarity(settings.embedding_size, settings.matcher),
-        )
+        else DeepEMDSimilarity(settings.embedding_size, settings.matcher)
     )
+    loss = MultiSimilarityLoss(method.alpha, method.beta, method.base, distance=distance)
     schedule = TrainingSchedule(
         steps=settings.steps,
-        learning_rate=settings.learning_rate,
+        learning_rate=method.learning_rate,
         weight_decay=1e-2,
         warmup_steps=settings.steps // 5,
     )

@@ -161,7 +161,7 @@ def evaluate_images(
             view=evaluation_view(settings.resize, settings.crop),
         )
         record = record.with_figures(figures)
-        _save(record, evaluation, output)
+        record = _save(record, evaluation, output)
     return record, evaluation
 
 
@@ -241,13 +241,13 @@ def evaluate_stored_sets(
         tables=_tables(evaluation),
         summary=evaluation.summary,
         settings={
-            **settings.matcher.describe(),
             "nodes": query.nodes.shape[1],
             "channels": query.nodes.shape[2],
             "global_node": "mean of nodes"
             if settings.global_node is None
             else settings.global_node,
-            "shortlist": settings.shortlist or "all pairs",
+            **({} if plain else settings.matcher.describe()),
+            **({} if plain else {"shortlist": settings.shortlist or "all pairs"}),
         },
         data={
             "embeddings": settings.embeddings.name,
@@ -263,7 +263,7 @@ def evaluate_stored_sets(
         notes=_notes(evaluation, 0),
     )
     if output is not None:
-        _save(record, evaluation, output)
+        record = _save(record, evaluation, output)
     return record, evaluation
 
 
@@ -335,7 +335,7 @@ def evaluate_ranking(
         notes=_notes(evaluation, 0),
     )
     if output is not None:
-        _save(record, evaluation, output)
+        record = _save(record, evaluation, output)
     return record, evaluation
 
 
@@ -439,9 +439,11 @@ def _notes(evaluation: Evaluation, skipped: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _save(record: ResultRecord, evaluation: Evaluation, output: str | Path) -> None:
+def _save(record: ResultRecord, evaluation: Evaluation, output: str | Path) -> ResultRecord:
+    """Write the record with the shortlist figure, and return it as written."""
     if evaluation.curve is not None:
         raw = next(iter(evaluation.scores.values())).mean
         save_figure(shortlist_figure(evaluation.curve, raw), Path(output) / "shortlist.png")
         record = record.with_figures(["shortlist.png"])
     record.save(output)
+    return record

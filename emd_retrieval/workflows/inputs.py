@@ -60,7 +60,7 @@ def read_matrix(
         array = _read_npy(path)
     elif path.suffix == ".npz":
         raise ValueError(
-            f"embeddings: expected an array (.npy) or a table (.parquet), got the archive {path.name}"
+            f"embeddings: expected an array (.npy) or a table (.parquet), got {path.name}"
         )
     else:
         table = _read_table(path)
@@ -73,7 +73,7 @@ def read_matrix(
             f"embeddings: expected numbers of shape [n, N*D], [n, N, D] or [n, D] in {path.name}, "
             f"got {array.dtype} {list(array.shape)}"
         )
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    tensor = torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
     if tensor.ndim == 3:
         if channels is not None and tensor.shape[2] != channels:
             raise ValueError(
@@ -161,11 +161,10 @@ def read_ranking(path: Path, labels: Path, query_labels: Path | None) -> Ranking
     _check_known("ids", table["id"].tolist(), gallery, path, labels)
     if not queries:
         raise ValueError(f"ranking: {path.name} has no answers")
-    if table.duplicated(["query", "id"]).any():
-        twice = table[table.duplicated(["query", "id"])].iloc[0]
-        raise ValueError(
-            f"ranking: the answer of query {twice['query']!r} lists id {twice['id']!r} twice"
-        )
+    twice = table[table.duplicated(["query", "id"])]
+    if len(twice):
+        query, identity = (twice[name].tolist()[0] for name in ("query", "id"))
+        raise ValueError(f"ranking: the answer of query {query!r} lists id {identity!r} twice")
     asked = set(queries)
     ids = [*queries, *(identity for identity in gallery if identity not in asked)]
     ids = ids if same else list(gallery)

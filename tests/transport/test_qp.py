@@ -427,6 +427,16 @@ def test_many_integer_problems_converge() -> None:
         torch.testing.assert_close(plan.flow.sum(2), supply, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["relu", "integer", "lognormal", "quantised cost"])
+def test_cautious_steps_reach_the_same_optimum(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = problem(kind, 8, 9, 7)
+    usual = solve_qp(*inputs, strength=1e-3)
+    monkeypatch.setattr(qp, "_FULL_CORRECTIONS", 0)
+    cautious = solve_qp(*inputs, strength=1e-3)
+    torch.testing.assert_close(cautious.flow, usual.flow, rtol=0, atol=1e-8)
+    torch.testing.assert_close(cautious.value, usual.value, rtol=0, atol=1e-9)
+
+
 def test_parts_on_request_and_gradients_one_by_one() -> None:
     cost, supply, demand = problem("generic", 2, 4, 3)
     plan = solve_qp(cost, supply, demand, need_flow=False, need_potentials=False)

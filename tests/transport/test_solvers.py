@@ -8,7 +8,7 @@ import torch
 from emd_retrieval.transport import TransportPlan, available_solvers, solve
 from emd_retrieval.transport.pot import _certificate
 from emd_retrieval.transport.simplex import MAX_NODES
-from emd_retrieval.transport.solve import SIMPLEX_NODES
+from emd_retrieval.transport.solve import SIMPLEX_NODES, SOLVERS, _choose
 
 # How far a solver's marginals and value may be off, in units of mass and of |cost| x mass. Their
 # own tests measure what Sinkhorn's entropy and the interior point's curvature do to a value.
@@ -249,3 +249,21 @@ def test_device_is_never_left_unasked(name):
     demand = torch.empty(2, 4, device="meta")
     with pytest.raises(ValueError, match=r"on meta; .*cpu_round_trip=True"):
         solve(*on_meta, demand, solver=name)
+
+
+def test_cuda_tensors_go_to_the_cuda_simplex_or_are_refused():
+    assert _choose("simplex", 64, "cuda").path == "cuda:solve_simplex_cuda"
+    assert _choose("qp", 100, "cuda") is SOLVERS["qp"]
+    for name, nodes in (("simplex", 65), ("pot", 5), ("opencv", 5)):
+        with pytest.raises(ValueError, match=r"runs on cpu, got tensors on cuda; .*sinkhorn.*qp"):
+            _choose(name, nodes, "cuda")
+
+
+def test_cpu_round_trip_of_a_cpu_tensor_is_nothing(solver, make_problem):
+    problem = make_problem(4, 4)
+    same(
+        solve(*problem, solver=solver, cpu_round_trip=True).value,
+        solve(*problem, solver=solver).value,
+        rtol=0,
+        atol=0,
+    )

@@ -145,7 +145,7 @@ Report solve_batch(const Batch<Real>& batch, const PlanArrays<Real>& plans, int6
   const auto at = [](Real* array, int64_t offset) { return array ? array + offset : nullptr; };
   const auto solve = [&](void* workspace, int64_t k, Report& report) {
     Plan<Real> plan{at(plans.flow, k * m * n), at(plans.supply_potential, k * m),
-                    at(plans.demand_potential, k * n), 0, 0, 0};
+                    at(plans.demand_potential, k * n), 0, 0};
     const Outcome outcome = solver.solve(workspace, batch[k], limits, plan);
     plans.value[k] = Real(plan.value);
     report.most_pivots = std::max(report.most_pivots, plan.pivots);
@@ -205,7 +205,7 @@ Report select_top_k(const Batch<Real>& batch, const TopK<Real>& top, int64_t mos
         return outcome;
       }
       solved++;
-      best.emplace_back(Real(plan.value) / Real(plan.mass), candidate);
+      best.emplace_back(Real(plan.value) / top.mass[first + candidate], candidate);
       std::push_heap(best.begin(), best.end());
       if (int64_t(best.size()) > top.k) {
         std::pop_heap(best.begin(), best.end());

@@ -64,11 +64,12 @@ Report bound_batch(const Batch<Real>& batch, Real* bound, const Execution& execu
 // the queries' candidates one after another.
 template <class Real>
 struct TopK {
-  int64_t candidates;     // of each query
-  int64_t k;              // at most candidates
-  Real* distance;         // [queries, k], value by mass, ascending
-  int64_t* index;         // [queries, k]
-  int64_t* solved;        // [queries], how many were solved to the end
+  const Real* mass;    // [queries, candidates], supply's total rounded to Real
+  int64_t candidates;  // of each query
+  int64_t k;           // at most candidates
+  Real* distance;      // [queries, k], value by mass, ascending
+  int64_t* index;      // [queries, k]
+  int64_t* solved;     // [queries], how many were solved to the end
 };
 
 template <class Real>

@@ -43,7 +43,6 @@ struct Plan {
   Real* supply_potential;  // [suppliers], or null together with the next
   Real* demand_potential;  // [demanders]
   double value;            // in units of cost x mass
-  double mass;             // supply's total
   int64_t pivots;
 };
 

@@ -123,9 +123,9 @@ PythonReport lower_bound(const Array<const Real, 3>& cost, const Array<const Rea
 
 template <class Real>
 PythonReport top_k(const Array<const Real, 3>& cost, const Array<const Real, 2>& supply,
-                   const Array<const Real, 2>& demand, const Array<Real, 2>& distance,
-                   const Array<int64_t, 2>& index, const Array<int64_t, 1>& solved,
-                   int64_t most_pivots, int threads,
+                   const Array<const Real, 2>& demand, const Array<const Real, 1>& mass,
+                   const Array<Real, 2>& distance, const Array<int64_t, 2>& index,
+                   const Array<int64_t, 1>& solved, int64_t most_pivots, int threads,
                    const std::optional<std::string>& instruction_set) {
   const auto batch = batch_of<Real>(cost, supply, demand);
   const auto queries = solved.shape(0), k = index.shape(1);
@@ -134,9 +134,12 @@ PythonReport top_k(const Array<const Real, 3>& cost, const Array<const Real, 2>&
   const int64_t candidates = batch.count / queries;
   if (k < 1 || int64_t(k) > candidates)
     throw std::invalid_argument("k: expected 1 to the number of candidates");
-  const emd::TopK<Real> top{candidates, int64_t(k),
+  const emd::TopK<Real> top{data_of<const Real, 1>(mass, cost.shape(0), "mass"),
+                            candidates,
+                            int64_t(k),
                             data_of<Real, 2>(distance, queries * k, "distance"),
-                            data_of<int64_t, 2>(index, queries * k, "index"), solved.data()};
+                            data_of<int64_t, 2>(index, queries * k, "index"),
+                            solved.data()};
   return run(instruction_set, threads, [&](const emd::Execution& execution) {
     return emd::select_top_k(batch, top, most_pivots, execution);
   });

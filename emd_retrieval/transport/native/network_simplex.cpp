@@ -230,7 +230,6 @@ class NetworkSimplex {
   int64_t supply_[kMaxNodes], demand_[kMaxNodes];
   double supply_share_[kRows], demand_share_[kColumns];  // of the total; zero on padding
   alignas(64) unsigned char staged_[kRows * kColumns * sizeof(double)];
-  int path_[2 * kMaxNodes];  // the cycle of a pivot
   int64_t pivots_;
 
   int32_t cost(int i, int j) const {
@@ -539,7 +538,8 @@ void NetworkSimplex<kRows, kColumns>::pivot(const Arc& entering) {
   // and flow falls on the arcs above nodes of the kind that the path starts with.
   const int supplier = entering.supplier, demander = node_of_demander(entering.demander);
   const NodeSet demander_set = only(entering.demander);
-  int* const path = path_;
+  int path[2 * kMaxNodes];
+  path[0] = demander;
   int length = 0, cut = 0;
   int64_t pushed = INT64_MAX;
   int node = supplier;
@@ -626,11 +626,10 @@ void NetworkSimplex<kRows, kColumns>::write(const Problem<Real>& problem, const 
   const int m = suppliers_, n = demanders_;
   if (plan.flow) memset(plan.flow, 0, sizeof(Real) * m * n);
   constexpr int64_t half = int64_t{1} << (kFlowShift - 1);
-  const double flow_unit = totals.supply / kFlowTotal;
   const auto add_arc = [&](const TreeNode& lower_end, int i, int j, double& value) {
-    const auto flow = double((lower_end.flow + half) >> kFlowShift);
-    value += flow * problem.cost[i * n + j];
-    if (plan.flow) plan.flow[i * n + j] = Real(flow * flow_unit);
+    const double share = double((lower_end.flow + half) >> kFlowShift) * (1 / kFlowTotal);
+    value += share * problem.cost[i * n + j];
+    if (plan.flow) plan.flow[i * n + j] = Real(share * totals.supply);
   };
   double values[2] = {0, 0};
   for (int i = 0; i < m; i++) {
@@ -641,8 +640,7 @@ void NetworkSimplex<kRows, kColumns>::write(const Problem<Real>& problem, const 
     const TreeNode& node = tree_[node_of_demander(j)];
     if (node.parent != kNoNode) add_arc(node, node.parent, j, values[1]);
   }
-  plan.value = (values[0] + values[1]) * flow_unit;
-  plan.mass = totals.supply;
+  plan.value = (values[0] + values[1]) * totals.supply;
 
   if (!plan.supply_potential) return;
   int64_t sum_of_supply_potentials = 0;
