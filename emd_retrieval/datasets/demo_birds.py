@@ -15,15 +15,15 @@ from emd_retrieval.datasets.base import ImageCollection
 from emd_retrieval.datasets.bird_drawing import PARTS, BirdSpecies, draw_bird
 from emd_retrieval.progress import progress
 
-_GENUS_SIZE = 4
-_CHANGED_PARTS = 3
+_GENUS_SIZE = 5
+_CHANGED_PARTS = 2
 _LEAST_DIFFERENCES = 2
 _MOST_SPECIES = 1000
 _NOUNS = {"cone": "Finch", "thin": "Warbler", "hooked": "Shrike", "long": "Sunbird"}
 
 
 def demo_species(num_species: int = 40, seed: int = 0) -> tuple[BirdSpecies, ...]:
-    """Make up species: genera of four whose members differ from their kin in two to six parts.
+    """Make up species: genera of five whose members differ from their kin in two to four parts.
 
     Args:
         num_species: How many, 1 to 1000.

@@ -82,8 +82,9 @@ def gallery_figure(
     for number, row in enumerate(rows):
         axes = figure.add_subplot(grid[number, 0])
         _show(axes, row.query)
-        axes.set_title(short_label(row.label), fontsize=6.5, pad=3)
-        axes.set_xlabel(row.caption, fontsize=6, labelpad=2)
+        # Left, so that what is wider than the picture runs into the gap and not off the page.
+        axes.set_title(short_label(row.label), fontsize=6.5, pad=3, loc="left")
+        axes.set_xlabel(row.caption, fontsize=6, labelpad=2, loc="left")
         for first, neighbours in ((2, row.before), (3 + left, row.after)):
             for place, neighbour in enumerate(neighbours):
                 axes = figure.add_subplot(grid[number, first + place])

@@ -12,7 +12,8 @@ class TransportPlan:
     """The solution of a batch of transportation problems (Equation 1).
 
     Attributes:
-        value: Total cost ``sum(flow * cost)`` of each problem, in units of cost x mass. Shape: ``[...]``.
+        value: Total cost ``sum(flow * cost)`` of each problem, in units of cost x mass.
+            Shape: ``[...]``.
         flow: Mass moved from each supplier to each demander; ``None`` on the value-only path.
             Shape: ``[..., N, M]``.
         supply_potential: LP dual of the supply constraints, in units of cost: d value / d supply.

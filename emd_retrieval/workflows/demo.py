@@ -78,11 +78,11 @@ class Demo:
     """
 
     train_species: int = 24
-    test_species: int = 16
-    train_images: int = 40
-    test_images: int = 20
+    test_species: int = 24
+    train_images: int = 24
+    test_images: int = 12
     side: int = 64
-    steps: int = 800
+    steps: int = 500
     classes_per_batch: int = 8
     images_per_class: int = 4
     embedding_size: int = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -400,6 +401,9 @@ def _extract(
             description=name,
         )
     except UnreadableImageError as error:
+        # The traceback holds the decoding processes; left to the garbage collector, each of them
+        # keeps the program for seconds.
+        traceback.clear_frames(error.__traceback__)
         # A decoding process hands its traceback over as text; the error itself ends it.
         reason = str(error).strip().rpartition("UnreadableImageError: ")[2]
         raise UnreadableImageError(

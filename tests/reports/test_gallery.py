@@ -106,3 +106,21 @@ def test_refuses_what_cannot_be_drawn():
         gallery_figure([])
     with pytest.raises(ValueError, match=r"same numbers of neighbours, got \[\(1, 1\), \(2, 2\)\]"):
         gallery_figure([row("1", "1"), row("11", "11")])
+
+
+@pytest.mark.parametrize("label", ["W" * 40, "001." + "m" * 26, "Great_Grey_Shrike " * 3])
+def test_wide_names_stay_on_the_page_and_beside_each_other(label):
+    figure = gallery_figure([row("01", "10", label=label), row("01", "10", label=label)])
+    figure.canvas.draw()
+    width = figure.bbox.width
+    columns = [figure.axes[i].get_window_extent() for i in (0, 1)]
+    for axes in figure.axes:
+        for text in axes.findobj(Text):
+            if text.get_text():
+                box = text.get_window_extent()
+                assert box.x0 >= 0
+                assert box.x1 <= width
+    title = figure.axes[0].get_title(loc="left")
+    assert title == short_label(label)
+    (shown,) = [text for text in figure.axes[0].findobj(Text) if text.get_text() == title]
+    assert shown.get_window_extent().x0 >= columns[0].x0 - 1

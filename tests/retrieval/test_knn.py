@@ -240,3 +240,24 @@ def test_search_sets_needs_no_index(sets):
     assert torch.equal(ranking.rows, by_hand(sets[:4], sets, 9, 6))
     everything = search_sets(sets[:4], sets, 9, matcher=EMDMatcher(), shortlist=None)
     assert torch.equal(everything.rows, by_hand(sets[:4], sets, 9, COUNT))
+
+
+@pytest.mark.parametrize("ground_cost", ["cosine", "centered_cosine"])
+@pytest.mark.parametrize("global_node", [None, 0])
+def test_a_prepared_gallery_is_the_same_gallery(ground_cost, global_node, sets):
+    """The first stage sees raw nodes whatever the ground cost makes of them."""
+    shifted = sets + 1.5
+    matcher = EMDMatcher(ground_cost=ground_cost)
+    prepared = matcher.prepare(shifted)
+    settings = {"matcher": matcher, "shortlist": 6, "global_node": global_node}
+    expected = search_sets(shifted[:4], shifted, 9, **settings)
+    for query in (shifted[:4], prepared.at(slice(4))):
+        ranking = search_sets(query, prepared, 9, **settings)
+        assert torch.equal(ranking.rows, expected.rows)
+    itself = torch.arange(COUNT)
+    among = search_sets(prepared, prepared, 9, exclude=itself, **settings)
+    knn = EMDKNN(CHANNELS, 6, matcher=matcher, global_node=global_node)
+    _, rows = knn(pack(shifted), 9, pack(shifted), ref_includes_query=True)
+    assert torch.equal(rows, among.rows)
+    apart = search_sets(shifted, shifted.clone(), 9, exclude=itself, **settings)
+    assert torch.equal(rows, apart.rows)

@@ -83,7 +83,7 @@ Report for_each(int64_t count, double nanoseconds_each, const Execution& executi
           mine.outcome = outcome;
           break;
         }
-        if (is_caller && Clock::now() - asked > std::chrono::milliseconds(100)) {
+        if (is_caller && Clock::now() - asked > std::chrono::milliseconds(50)) {
           mine.interrupted = execution.interrupted();
           if (mine.interrupted) break;
           asked = Clock::now();

@@ -72,8 +72,7 @@ const char* name_of(emd::Outcome outcome) {
 // The name of a fault or None, its problem, and the most pivots that one problem took.
 using PythonReport = std::tuple<std::optional<std::string>, int64_t, int64_t>;
 
-// Runs without the GIL; Ctrl-C stops it between turns of about a tenth of a millisecond, asked every
-// tenth of a second.
+// Runs without the GIL, which is taken twenty times a second to see whether Ctrl-C was pressed.
 template <class Run>
 PythonReport run(const std::optional<std::string>& instruction_set, int threads, const Run& task) {
   const auto interrupted = [] {
@@ -157,7 +156,7 @@ void define_for(nb::module_& module) {
   module.def("lower_bound", lower_bound<Real>, in_place("cost"), in_place("supply"), in_place("demand"),
              in_place("bound"), nb::arg("threads"), nb::arg("instruction_set").none());
   module.def("top_k", top_k<Real>, in_place("cost"), in_place("supply"), in_place("demand"),
-             in_place("distance"), in_place("index"), in_place("solved"), nb::arg("most_pivots"),
+             in_place("mass"), in_place("distance"), in_place("index"), in_place("solved"), nb::arg("most_pivots"),
              nb::arg("threads"), nb::arg("instruction_set").none());
 }
 
