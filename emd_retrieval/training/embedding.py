@@ -121,6 +121,7 @@ def train_embedding(
     description: str = "training",
     accelerator: str = "cpu",
     bf16: bool = False,
+    threads: int | None = None,
 ) -> EmbeddingTask:
     """Train a task for its schedule's steps.
 
@@ -130,6 +131,8 @@ def train_embedding(
         description: Name of the progress bar.
         accelerator: Lightning's name of the device kind.
         bf16: Run the network in bfloat16; losses and distances stay in float32.
+        threads: CPU threads of torch while training; as they are by default. For a small network
+            one is best: the others gain little and stall every step where the machine is busy.
 
     Returns:
         The task.
@@ -138,7 +141,7 @@ def train_embedding(
         ValueError: If the loss is not finite.
     """
     task.extractor.to(memory_format=torch.channels_last)
-    with _quiet_lightning():
+    with _quiet_lightning(), _torch_threads(threads):
         trainer = lightning.Trainer(
             max_steps=task.schedule.steps,
             max_epochs=-1,
@@ -183,6 +186,16 @@ class _ProgressBar(Callback):
 
     def on_train_end(self, *_: Any) -> None:
         self._counter.__exit__(None, None, None)
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if threads is None else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -208,7 +208,7 @@ def _train(settings: Demo, train: ImageCollection, *, pooled: bool) -> FCNExtrac
         seed=settings.seed,
     )
     task = EmbeddingTask(extractor, loss, schedule, pooled=pooled)
-    train_embedding(task, batches, description="Raw" if pooled else "DeepEMD")
+    train_embedding(task, batches, description="Raw" if pooled else "DeepEMD", threads=1)
     return extractor.eval()
 
 

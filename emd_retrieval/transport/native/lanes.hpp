@@ -10,6 +10,7 @@ using Vector = typename VectorOf<T, count>::type;
 
 constexpr int kLanes = EMD_LANES;  // 32-bit numbers in one register
 using Ints = Vector<int32_t, kLanes>;
+using Unsigned = Vector<uint32_t, kLanes>;
 template <class Real>
 constexpr int kLanesOf = kLanes * 4 / int(sizeof(Real));
 template <class Real>
@@ -39,6 +40,11 @@ inline V load(const T* from) {
 template <class V, class T>
 inline void store(T* to, V vector) {
   memcpy(to, &vector, sizeof vector);
+}
+
+// Bits that do not fit are dropped, as shifts of signed numbers may not.
+inline Ints shift_left(Ints a, int bits) {
+  return reinterpret_cast<Ints>(reinterpret_cast<Unsigned>(a) << bits);
 }
 
 // {first, first + 1, first + 2, ...}
@@ -96,6 +102,6 @@ inline uint64_t bits_of(Ints truth) {
 
 // The inverse of bits_of, from the lowest kLanes bits.
 inline Ints truth_of(uint64_t bits) {
-  const Ints one_bit_each = splat(1) << count_from<Ints>(0);
-  return (splat(int32_t(uint32_t(bits))) & one_bit_each) != 0;
+  const Unsigned one_bit_each = (Unsigned{} + 1u) << count_from<Unsigned>(0);
+  return ((Unsigned{} + uint32_t(bits)) & one_bit_each) != 0;
 }

@@ -145,8 +145,8 @@ CostRange<Real> range_of(const CostRows<Real>& costs, int rows, int columns) {
 // integer cost = round((cost - offset) * scale) - lowest, and cost = base + unit * integer cost.
 template <class Real>
 struct CostScale {
-  Real offset, scale;
-  int32_t lowest;
+  Real low, offset, scale;
+  int32_t lowest;  // what low becomes
   double unit, base;
 };
 
@@ -180,6 +180,7 @@ inline CostScale<Real> scale_for(Real low, Real high, int cost_bits) {
   const double magnitude = larger(-double(low), double(high));
   const int exponent = range > 0 ? cost_bits - exponent_above(range) : 0;
   CostScale<Real> to;
+  to.low = low;
   // Close together and far from zero, x - low is exact (Sterbenz). Elsewhere it need not be; there the
   // lowest integer is taken off after the rounding instead.
   to.offset = magnitude > 16 * range ? low : Real(0);
@@ -310,10 +311,10 @@ void NetworkSimplex<kRows, kColumns>::quantise(const CostRows<Real>& costs,
   for (int i = 0; i < suppliers_; i++) {
     Ints* const row = cost_ + i * kColumnVectors;
     for (int k = 0; k < kColumns / lanes; k++) {
-      const Reals<Real> x = load<Reals<Real>>(costs.row(i) + k * lanes);
-      const auto rounded = round_half_up<Real>((x - to.offset) * to.scale) - to.lowest;
-      const auto inside = count_from<IntsLike<Real>>(k * lanes) < demanders_;
-      store(reinterpret_cast<int32_t*>(row) + k * lanes, rounded & inside);
+      Reals<Real> x = load<Reals<Real>>(costs.row(i) + k * lanes);
+      x = count_from<decltype(x < x)>(k * lanes) < demanders_ ? x : Reals<Real>{} + to.low;
+      const auto rounded = round_half_up<Real>((x - to.offset) * to.scale);
+      store(reinterpret_cast<int32_t*>(row) + k * lanes, rounded - to.lowest);
     }
     Ints row_sum{};
     for (int k = 0; k < kColumnVectors; k++) {
@@ -324,7 +325,6 @@ void NetworkSimplex<kRows, kColumns>::quantise(const CostRows<Real>& costs,
     // Sums of up to 64 costs may need bit 31: halved they are ints again.
     row_mean_[i] = float(int32_t(sum(row_sum) >> 1)) * (2.f / demanders_);
   }
-  using Unsigned = Vector<uint32_t, kLanes>;
   for (int k = 0; k < kColumnVectors; k++) {
     const Ints half = reinterpret_cast<Ints>(reinterpret_cast<Unsigned>(column_sum[k]) >> 1);
     const auto mean = __builtin_convertvector(half, Reals<float>) * (2.f / suppliers_);
@@ -389,7 +389,7 @@ void NetworkSimplex<kRows, kColumns>::build_first_tree() {
     for (int k = 0; k < kColumnVectors; k++) {
       const Ints centred = cost_[i * kColumnVectors + k] - (column_mean_[k] + row_mean);
       const Ints nodes = count_from<Ints>(k * kLanes) + (i << 6);
-      const Ints key = ((centred >> kKeyShift) << 12) | nodes;
+      const Ints key = shift_left(centred >> kKeyShift, 12) | nodes;
       key_[i * kColumnVectors + k] = key;
       best[k] = smaller(best[k], key);
     }
@@ -501,7 +501,8 @@ Arc NetworkSimplex<kRows, kColumns>::take(Candidates& candidates, int32_t reduce
   const int j = lowest_node(equal);
   if (kPivotsPerPricing > 1)
     for (int k = 0; k < kColumnVectors; k++)
-      candidates.reduced_cost[k] |= (count_from<Ints>(k * kLanes) == j) & kIntMax;
+      candidates.reduced_cost[k] =
+          count_from<Ints>(k * kLanes) == j ? splat(kIntMax) : candidates.reduced_cost[k];
   Arc best{candidates.suppliers_from[j], j, kIntMax};
   const int from = best.supplier;
   for (int i = from; i < from + 4; i++) {
