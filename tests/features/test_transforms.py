@@ -9,7 +9,7 @@ from emd_retrieval.features.transforms import evaluation_transform, evaluation_v
 
 @pytest.fixture(scope="module")
 def backbone():
-    return load_backbone("test_resnet", pretrained=False)
+    return load_backbone("resnet10t", pretrained=False)  # its mean and deviation differ
 
 
 @pytest.fixture
