@@ -21,6 +21,7 @@ from emd_retrieval.matching.node_weights import NodeWeights, WeighedNodes, node_
 from emd_retrieval.progress import progress_counter
 from emd_retrieval.transport import emd, solve
 from emd_retrieval.transport.problem import InvalidProblemError
+from emd_retrieval.transport.solve import check_solver
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ class EMDMatcher:
         check_positive("memory_mb", self.memory_mb)
         # Built now, so that a bad name fails where it was written.
         _ = self._ground_cost, self._node_weights
+        check_solver(self.solver, {})
 
     @cached_property
     def _ground_cost(self) -> GroundCost:

@@ -13,6 +13,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import Tensor
 
+from emd_retrieval._files import check_folder
 from emd_retrieval.datasets import ImageCollection, ImageDataset, demo_birds
 from emd_retrieval.features import FCNExtractor, FeatureSet, extract_features
 from emd_retrieval.features.small_resnet import small_backbone
@@ -113,6 +114,8 @@ def run_demo(
         ValueError: If a setting is out of range.
     """
     settings = Demo() if settings is None else settings
+    if output is not None:
+        check_folder(output)
     say(
         f"drawing {settings.train_species + settings.test_species} species of birds; "
         f"{settings.test_species} of them are kept for the test"

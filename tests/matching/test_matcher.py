@@ -162,5 +162,7 @@ def test_refuses_bad_input(generator):
         matcher.all_pairs(sets)
     with pytest.raises(ValueError, match="memory_mb: expected a positive number"):
         EMDMatcher(memory_mb=0)
+    with pytest.raises(ValueError, match="did you mean 'simplex'"):
+        EMDMatcher(solver="simplx")
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         EMDMatcher(ground_cost="cosinus")
