@@ -26,7 +26,7 @@ def test_python_blocks_run(name, tmp_path):
     assert run.stdout
 
 
-@pytest.mark.parametrize("name", ["demo", "test-install", "test"])
+@pytest.mark.parametrize("name", ["install", "demo", "test-install", "test"])
 def test_blocks_that_ci_runs_are_there(name):
     assert block(name).strip()
 
