@@ -18,6 +18,21 @@ using Reals = Vector<Real, kLanesOf<Real>>;
 template <class Real>
 using IntsLike = Vector<int32_t, kLanesOf<Real>>;  // as many lanes as Reals<Real>
 
+template <int bytes>
+struct IntOfBytes;
+template <>
+struct IntOfBytes<4> {
+  using type = int32_t;
+};
+template <>
+struct IntOfBytes<8> {
+  using type = int64_t;
+};
+template <int bytes>
+using IntOf = typename IntOfBytes<bytes>::type;
+template <class Real>
+using TruthOf = Vector<IntOf<sizeof(Real)>, kLanesOf<Real>>;  // what comparing Reals<Real> gives
+
 constexpr int32_t kIntMax = 0x7fffffff;
 
 inline Ints splat(int32_t x) { return Ints{} + x; }
@@ -47,12 +62,24 @@ inline Ints shift_left(Ints a, int bits) {
   return reinterpret_cast<Ints>(reinterpret_cast<Unsigned>(a) << bits);
 }
 
+// 0, 1, 2, ... in memory: written as a loop over lanes, compilers set each lane at run time.
+template <class T>
+struct Counting {
+  alignas(64) T from[kMaxNodes];
+  constexpr Counting() : from() {
+    for (int i = 0; i < kMaxNodes; i++) from[i] = i;
+  }
+};
+template <class T>
+constexpr Counting<T> kCounting{};
+
 // {first, first + 1, first + 2, ...}
-template <class V>
-inline V count_from(int first) {
-  V lanes;
-  for (int l = 0; l < int(sizeof lanes / sizeof lanes[0]); l++) lanes[l] = first + l;
-  return lanes;
+inline Ints count_from(int first) { return load<Ints>(kCounting<int32_t>.from + first); }
+
+// Truth of the lanes {first, first + 1, ...} < end, to choose among Reals<Real>.
+template <class Real>
+inline TruthOf<Real> before(int end, int first) {
+  return load<TruthOf<Real>>(kCounting<IntOf<sizeof(Real)>>.from + first) < end;
 }
 
 template <class T, int count>
@@ -74,14 +101,13 @@ inline T minimum(Vector<T, count> a) {
   }
 }
 
-// The sum of all lanes modulo 2^32.
-inline uint32_t sum(Ints a) {
-  Vector<int32_t, 4> quarters[kLanes / 4];
+inline uint32_t sum(Unsigned a) {
+  Vector<uint32_t, 4> quarters[kLanes / 4];
   memcpy(quarters, &a, sizeof a);
-  Vector<int32_t, 4> x = quarters[0];
+  Vector<uint32_t, 4> x = quarters[0];
   for (int k = 1; k < kLanes / 4; k++) x += quarters[k];
-  x += Vector<int32_t, 4>{x[2], x[3], x[0], x[1]};
-  return uint32_t(x[0]) + uint32_t(x[1]);
+  x += Vector<uint32_t, 4>{x[2], x[3], x[0], x[1]};
+  return x[0] + x[1];
 }
 
 // Bit l of the result is set where lane l of a comparison's result is true. The extensions have no such
@@ -102,6 +128,6 @@ inline uint64_t bits_of(Ints truth) {
 
 // The inverse of bits_of, from the lowest kLanes bits.
 inline Ints truth_of(uint64_t bits) {
-  const Unsigned one_bit_each = (Unsigned{} + 1u) << count_from<Unsigned>(0);
+  const Unsigned one_bit_each = (Unsigned{} + 1u) << load<Unsigned>(kCounting<uint32_t>.from);
   return ((Unsigned{} + uint32_t(bits)) & one_bit_each) != 0;
 }

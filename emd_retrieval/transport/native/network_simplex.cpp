@@ -125,7 +125,7 @@ CostRange<Real> range_of(const CostRows<Real>& costs, int rows, int columns) {
   for (int i = 0; i < rows; i++) {
     for (int k = 0; k < kColumns / lanes; k++) {
       V x = load<V>(costs.row(i) + k * lanes);
-      x = count_from<decltype(x < x)>(k * lanes) < columns ? x : inside;
+      x = before<Real>(columns, k * lanes) ? x : inside;
       low[k & 1] = smaller(x, low[k & 1]);
       high[k & 1] = larger(x, high[k & 1]);
       poison[k & 1] += x - x;  // NaN from the first NaN or infinity on
@@ -303,30 +303,30 @@ template <class Real>
 void NetworkSimplex<kRows, kColumns>::quantise(const CostRows<Real>& costs,
                                                const CostScale<Real>& to) {
   constexpr int lanes = kLanesOf<Real>;
-  Ints column_sum[kColumnVectors], padding[kColumnVectors];
+  Unsigned column_sum[kColumnVectors];  // of up to 64 costs, which takes all 32 bits
+  Ints padding[kColumnVectors];
   for (int k = 0; k < kColumnVectors; k++) {
-    column_sum[k] = Ints{};
-    padding[k] = (count_from<Ints>(k * kLanes) >= demanders_) & kPadCost;
+    column_sum[k] = Unsigned{};
+    padding[k] = (count_from(k * kLanes) >= demanders_) & kPadCost;
   }
   for (int i = 0; i < suppliers_; i++) {
     Ints* const row = cost_ + i * kColumnVectors;
     for (int k = 0; k < kColumns / lanes; k++) {
       Reals<Real> x = load<Reals<Real>>(costs.row(i) + k * lanes);
-      x = count_from<decltype(x < x)>(k * lanes) < demanders_ ? x : Reals<Real>{} + to.low;
+      x = before<Real>(demanders_, k * lanes) ? x : Reals<Real>{} + to.low;
       const auto rounded = round_half_up<Real>((x - to.offset) * to.scale);
       store(reinterpret_cast<int32_t*>(row) + k * lanes, rounded - to.lowest);
     }
-    Ints row_sum{};
+    Unsigned row_sum{};
     for (int k = 0; k < kColumnVectors; k++) {
-      column_sum[k] += row[k];
-      row_sum += row[k];
+      column_sum[k] += reinterpret_cast<Unsigned>(row[k]);
+      row_sum += reinterpret_cast<Unsigned>(row[k]);
       row[k] += padding[k];
     }
-    // Sums of up to 64 costs may need bit 31: halved they are ints again.
     row_mean_[i] = float(int32_t(sum(row_sum) >> 1)) * (2.f / demanders_);
   }
   for (int k = 0; k < kColumnVectors; k++) {
-    const Ints half = reinterpret_cast<Ints>(reinterpret_cast<Unsigned>(column_sum[k]) >> 1);
+    const Ints half = reinterpret_cast<Ints>(column_sum[k] >> 1);
     const auto mean = __builtin_convertvector(half, Reals<float>) * (2.f / suppliers_);
     column_mean_[k] = __builtin_convertvector(mean, Ints);
   }
@@ -382,13 +382,13 @@ void NetworkSimplex<kRows, kColumns>::build_first_tree() {
   Ints best[kColumnVectors], served[kColumnVectors];
   for (int k = 0; k < kColumnVectors; k++) {
     best[k] = splat(kIntMax);
-    served[k] = count_from<Ints>(k * kLanes) < n ? splat(-kIntMax) : splat(kIntMax);
+    served[k] = count_from(k * kLanes) < n ? splat(-kIntMax) : splat(kIntMax);
   }
   for (int i = 0; i < m; i++) {
     const auto row_mean = int32_t(row_mean_[i]);
     for (int k = 0; k < kColumnVectors; k++) {
       const Ints centred = cost_[i * kColumnVectors + k] - (column_mean_[k] + row_mean);
-      const Ints nodes = count_from<Ints>(k * kLanes) + (i << 6);
+      const Ints nodes = count_from(k * kLanes) + (i << 6);
       const Ints key = shift_left(centred >> kKeyShift, 12) | nodes;
       key_[i * kColumnVectors + k] = key;
       best[k] = smaller(best[k], key);
@@ -502,7 +502,7 @@ Arc NetworkSimplex<kRows, kColumns>::take(Candidates& candidates, int32_t reduce
   if (kPivotsPerPricing > 1)
     for (int k = 0; k < kColumnVectors; k++)
       candidates.reduced_cost[k] =
-          count_from<Ints>(k * kLanes) == j ? splat(kIntMax) : candidates.reduced_cost[k];
+          count_from(k * kLanes) == j ? splat(kIntMax) : candidates.reduced_cost[k];
   Arc best{candidates.suppliers_from[j], j, kIntMax};
   const int from = best.supplier;
   for (int i = from; i < from + 4; i++) {
@@ -564,6 +564,15 @@ void NetworkSimplex<kRows, kColumns>::pivot(const Arc& entering) {
 
   const NodeSet moved_suppliers = tree_[path[cut]].suppliers;
   const NodeSet moved_demanders = tree_[path[cut]].demanders;
+  const int32_t shift = cut_above_supplier ? entering.reduced_cost : -entering.reduced_cost;
+  const auto add = [this](int first_node, NodeSet moved, int vectors, int32_t change) {
+    for (int k = 0; k < vectors; k++) {
+      int32_t* const at = potential_ + first_node + k * kLanes;
+      store(at, load<Ints>(at) + (truth_of(moved >> (k * kLanes)) & change));
+    }
+  };
+  add(0, moved_suppliers, kRowVectors, shift);
+  add(kMaxNodes, moved_demanders, kColumnVectors, -shift);
   for (int k = 0; k < length; k++) {
     TreeNode& on_cycle = tree_[path[k]];
     const bool falls = is_supplier(path[k]) == (k < second_path);
@@ -581,16 +590,6 @@ void NetworkSimplex<kRows, kColumns>::pivot(const Arc& entering) {
   }
   tree_[path[first]] = {pushed, moved_suppliers, moved_demanders,
                         cut_above_supplier ? demander : supplier};
-
-  const int32_t shift = cut_above_supplier ? entering.reduced_cost : -entering.reduced_cost;
-  const auto add = [this](int first_node, NodeSet moved, int vectors, int32_t change) {
-    for (int k = 0; k < vectors; k++) {
-      int32_t* const at = potential_ + first_node + k * kLanes;
-      store(at, load<Ints>(at) + (truth_of(moved >> (k * kLanes)) & change));
-    }
-  };
-  add(0, moved_suppliers, kRowVectors, shift);
-  add(kMaxNodes, moved_demanders, kColumnVectors, -shift);
 }
 
 // Pivots until no reduced cost is negative, or until the optimum is known to be above the limit (in
@@ -696,7 +695,7 @@ Outcome NetworkSimplex<kRows, kColumns>::bound(const Problem<Real>& problem,
   const CostRows<Real> costs = readable_rows(problem);
   const auto cost_at = [&](int i, int k) {
     const V x = load<V>(costs.row(i) + k * lanes);
-    return count_from<decltype(x < x)>(k * lanes) < n ? x : V{} + Real(kInfinity);
+    return before<Real>(n, k * lanes) ? x : V{} + Real(kInfinity);
   };
   const auto over_row = [](const V* row) {
     V all = row[0];
@@ -711,14 +710,14 @@ Outcome NetworkSimplex<kRows, kColumns>::bound(const Problem<Real>& problem,
     for (int k = 0; k < vectors; k++) {
       row[k] = cost_at(i, k);
       column_first[k] = smaller(row[k], column_first[k]);
-      poison += count_from<decltype(row[k] < row[k])>(k * lanes) < n ? row[k] - row[k] : V{};
+      poison += before<Real>(n, k * lanes) ? row[k] - row[k] : V{};
     }
     row_first[i] = over_row(row);
   }
   for (int l = 0; l < lanes; l++)
     if (!(poison[l] == 0)) return Outcome::cost_not_finite;
   for (int k = 0; k < vectors; k++)  // infinity less infinity would not stay out of a minimum
-    column_first[k] = count_from<decltype(poison < poison)>(k * lanes) < n ? column_first[k] : V{};
+    column_first[k] = before<Real>(n, k * lanes) ? column_first[k] : V{};
   for (int i = 0; i < m; i++) {
     V row[vectors];
     for (int k = 0; k < vectors; k++) {
