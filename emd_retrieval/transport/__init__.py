@@ -5,6 +5,7 @@ Costs and weights in, plans and their gradients out; images, features and losses
 
 from emd_retrieval.transport.autograd import emd
 from emd_retrieval.transport.bounds import lower_bound
+from emd_retrieval.transport.cuda.faults import raise_pending_faults
 from emd_retrieval.transport.plan import TransportPlan
 from emd_retrieval.transport.solve import available_solvers, solve
 from emd_retrieval.transport.top_k import TopK, solve_top_k
@@ -15,6 +16,7 @@ __all__ = [
     "available_solvers",
     "emd",
     "lower_bound",
+    "raise_pending_faults",
     "solve",
     "solve_top_k",
 ]

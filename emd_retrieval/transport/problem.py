@@ -98,14 +98,16 @@ def check_values(
         The totals of supply and demand in float64. Shapes: ``[B]``, ``[B]``.
 
     Raises:
-        InvalidProblemError: If a cost is not finite, a weight is negative or not finite, a total is
-            zero, or the totals differ by more than :data:`BALANCE_TOLERANCE` (without ``partial``).
+        InvalidProblemError: If a cost or the range of a problem's costs is not finite, a weight is
+            negative or not finite, a total is zero, or the totals differ by more than
+            :data:`BALANCE_TOLERANCE` (without ``partial``).
     """
     supply_total = supply.sum(-1, dtype=torch.float64)
     demand_total = demand.sum(-1, dtype=torch.float64)
     # NaN fails every comparison, hence the positive wording of each condition.
+    entries = cost.flatten(1)
     sound = (
-        torch.isfinite(cost).flatten(1).all(-1)
+        torch.isfinite(entries.amax(-1) - entries.amin(-1))  # infinite or NaN from any such cost on
         & (supply.amin(-1) >= 0)
         & (demand.amin(-1) >= 0)
         & (supply_total > 0)
@@ -142,6 +144,12 @@ def _describe_fault(cost: Tensor, supply: Tensor, demand: Tensor) -> str:
         return (
             f"cost: expected finite values, got {float(cost[row, column])} at [{row}, {column}] "
             f"of [N, M] = {list(cost.shape)}"
+        )
+    low, high = cost.aminmax()
+    if not bool(torch.isfinite(high - low)):
+        return (
+            f"cost: expected a range (largest less smallest cost) that {cost.dtype} holds, got "
+            f"costs from {float(low):g} to {float(high):g}"
         )
     totals = []
     for name, weights in (("supply", supply), ("demand", demand)):

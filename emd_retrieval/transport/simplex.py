@@ -58,8 +58,9 @@ def solve_simplex(
         instruction_set: One of :func:`instruction_sets`; every one gives the same bits.
 
     Raises:
-        InvalidProblemError: If a cost is not finite, a weight is negative or not finite, a total is
-            zero or the totals differ by more than a relative 1e-4.
+        InvalidProblemError: If a cost or the range of a problem's costs is not finite, a weight is
+            negative or not finite, a total is zero or the totals differ by more than a relative
+            1e-4.
         ValueError: If the instruction set is not there.
         RuntimeError: If a problem takes more than ``most_pivots`` pivots.
     """
@@ -171,7 +172,9 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]: ...
 def _array(tensor: Tensor | None) -> npt.NDArray[Any] | None: ...
 def _array(tensor: Tensor | None) -> npt.NDArray[Any] | None:
     """The tensor's memory; nanobind takes it from NumPy at a tenth of what DLPack costs torch."""
-    return None if tensor is None else tensor.detach().numpy()
+    if tensor is None:
+        return None
+    return tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
 
 
 def _runnable(instruction_set: str | None) -> str | None:

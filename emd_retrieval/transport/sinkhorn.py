@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 from emd_retrieval._checks import check_positive
+from emd_retrieval.transport.newton import NewtonSystem, outer_sum
 from emd_retrieval.transport.plan import TransportPlan
-from emd_retrieval.transport.qp import (
-    NewtonSystem,
-    centred,
-    outer_sum,
-    refuse_second_derivative,
-)
+from emd_retrieval.transport.qp import centred, refuse_second_derivative
 
 _ITERATIONS_A_CHECK = 10
 

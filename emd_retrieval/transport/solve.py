@@ -72,7 +72,15 @@ def available_solvers() -> tuple[str, ...]:
         >>> "simplex" in available_solvers()
         True
     """
-    return tuple(name for name, solver in SOLVERS.items() if find_spec(solver.requires))
+    return tuple(name for name in SOLVERS if _is_installed(name))
+
+
+def _is_installed(name: str) -> bool:
+    if find_spec(SOLVERS[name].requires):
+        return True
+    # On CUDA the simplex needs no native module.
+    on_cuda = name == "simplex" and torch.cuda.is_available()
+    return on_cuda and find_spec(_CUDA_SIMPLEX.requires) is not None
 
 
 def solve(
@@ -116,7 +124,7 @@ def solve(
             nothing does so unasked.
         check: For ``simplex`` on CUDA: wait for the device and raise faults of values here. Without
             it a faulty problem's results are NaN, and a later call or
-            :func:`emd_retrieval.transport.cuda.raise_pending_faults` raises. All else raises here.
+            :func:`raise_pending_faults` raises. All else raises here.
         **options: The solver's own, named above.
 
     Returns:
@@ -219,6 +227,8 @@ def solve_checked(
 
 def _choose(name: str, nodes: int, device_type: str) -> Solver:
     """The solver for this size and device, or an error that names those that would do."""
+    if name == "simplex" and device_type == "cuda" and nodes <= SIMPLEX_NODES:
+        return _CUDA_SIMPLEX
     solver = SOLVERS[name]
     if name == "simplex" and nodes > SIMPLEX_NODES:
         name, solver = f"simplex above {SIMPLEX_NODES} nodes a side (pot)", SOLVERS["pot"]
@@ -228,7 +238,7 @@ def _choose(name: str, nodes: int, device_type: str) -> Solver:
             "choose solver='sinkhorn' or 'qp', which run there, "
             "or pass cpu_round_trip=True to copy to the CPU and back"
         )
-    return _CUDA_SIMPLEX if name == "simplex" and device_type == "cuda" else solver
+    return solver
 
 
 def runs_natively(name: str, cost: Tensor) -> bool:

@@ -15,7 +15,8 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from emd_retrieval.transport import qp
-from emd_retrieval.transport.qp import DEFAULT_STRENGTH, Form, NewtonSystem, solve_qp
+from emd_retrieval.transport.newton import NewtonSystem
+from emd_retrieval.transport.qp import DEFAULT_STRENGTH, Form, solve_qp
 
 FORMS = ["l2", "qp"]
 SHAPES = [(1, 1), (1, 6), (7, 1), (5, 5), (4, 9), (12, 7)]

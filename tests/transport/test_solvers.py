@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ from emd_retrieval.transport import TransportPlan, available_solvers, solve
 from emd_retrieval.transport.pot import _certificate
 from emd_retrieval.transport.simplex import MAX_NODES
 from emd_retrieval.transport.solve import SIMPLEX_NODES, SOLVERS, _choose
+
+# The package's attribute of that name is the function.
+solve_module = import_module("emd_retrieval.transport.solve")
 
 # How far a solver's marginals and value may be off, in units of mass and of |cost| x mass. Their
 # own tests measure what Sinkhorn's entropy and the interior point's curvature do to a value.
@@ -267,3 +272,21 @@ def test_cpu_round_trip_of_a_cpu_tensor_is_nothing(solver, make_problem):
         rtol=0,
         atol=0,
     )
+
+
+def test_cuda_simplex_needs_no_native_module(monkeypatch):
+    monkeypatch.setattr(solve_module, "find_spec", lambda name: None if "_native" in name else True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _choose("simplex", 64, "cuda").requires == "cuda"
+    assert "simplex" in available_solvers()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "simplex" not in available_solvers()
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_costs_whose_range_overflows_are_refused(solver, partial):
+    cost = torch.zeros(2, 2, 3, dtype=torch.float64)
+    cost[1, 0, 0], cost[1, 1, 2] = -1e308, 1e308
+    supply, demand = cost.new_full((2, 2), 0.5), cost.new_full((2, 3), 1 / 3)
+    with pytest.raises(ValueError, match=r"range .*from -1e\+308 to 1e\+308; problem \[1\]"):
+        solve(cost, supply, demand, solver=solver, partial=partial)

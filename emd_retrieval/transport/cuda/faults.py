@@ -18,7 +18,7 @@ TOO_MANY_PIVOTS = 7
 """The kernel's number for a problem that did not reach its optimum; below it, values are bad."""
 
 _WORDS = {
-    1: "cost: expected finite values, got NaN or infinity",
+    1: "cost: expected finite values and range, got others",
     2: "supply: expected finite weights of zero or more, got others",
     3: "demand: expected finite weights of zero or more, got others",
     4: "supply: expected a positive total, got zero",

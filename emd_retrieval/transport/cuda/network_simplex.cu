@@ -181,10 +181,11 @@ struct WarpSimplex {
     }
     if (!__all_sync(ALL_LANES, finite)) return COST_NOT_FINITE;
     low = warp_reduce(least, [](Real a, Real b) { return fmin(a, b); });
-    // Half the range, because the whole of it may exceed the largest double.
+    // Half the range, because the whole of it may be near the largest double.
     const double half_low = 0.5 * low;
     const double high = warp_reduce(most, [](Real a, Real b) { return fmax(a, b); });
     const double half_range = 0.5 * high - half_low;
+    if (!isfinite(Real(high - low))) return COST_NOT_FINITE;  // potentials would not be either
 
     const int limit = min(INT_LIMIT / (min(rows, columns) + 1), NEVER / 2);
     int shift = 0;

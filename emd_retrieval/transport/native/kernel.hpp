@@ -17,7 +17,7 @@ constexpr double kBalanceTolerance = 1e-4;
 enum class Outcome : int32_t {
   solved,
   pruned,  // the optimum is above the limit that the caller gave
-  cost_not_finite,
+  cost_not_finite,  // or the range of the costs is not
   supply_not_valid,  // a weight is negative, NaN or infinite
   demand_not_valid,
   supply_zero,  // in total

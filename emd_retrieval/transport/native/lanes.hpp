@@ -10,6 +10,8 @@ using Vector = typename VectorOf<T, count>::type;
 
 constexpr int kLanes = EMD_LANES;  // 32-bit numbers in one register
 using Ints = Vector<int32_t, kLanes>;
+constexpr int kLongLanes = kLanes / 2;  // 64-bit numbers in one register
+using Longs = Vector<int64_t, kLongLanes>;
 using Unsigned = Vector<uint32_t, kLanes>;
 template <class Real>
 constexpr int kLanesOf = kLanes * 4 / int(sizeof(Real));
@@ -82,23 +84,21 @@ inline TruthOf<Real> before(int end, int first) {
   return load<TruthOf<Real>>(kCounting<IntOf<sizeof(Real)>>.from + first) < end;
 }
 
-template <class T, int count>
-inline Vector<T, count / 2> fold_smaller(Vector<T, count> a) {
-  Vector<T, count / 2> halves[2];
-  memcpy(halves, &a, sizeof a);
-  return smaller(halves[0], halves[1]);
+// Folds a vector in halves down to so many lanes: each keeps the smallest of its share.
+template <class T, int count, int lanes>
+inline Vector<T, lanes> fold_smaller(Vector<T, count> a) {
+  if constexpr (count == lanes) {
+    return a;
+  } else {
+    Vector<T, count / 2> halves[2];
+    memcpy(halves, &a, sizeof a);
+    return fold_smaller<T, count / 2, lanes>(smaller(halves[0], halves[1]));
+  }
 }
 // The smallest lane.
 template <class T, int count>
 inline T minimum(Vector<T, count> a) {
-  if constexpr (count == 4) {
-    a = smaller(a, Vector<T, 4>{a[2], a[3], a[0], a[1]});
-    return a[0] < a[1] ? a[0] : a[1];
-  } else if constexpr (count == 2) {
-    return a[0] < a[1] ? a[0] : a[1];
-  } else {
-    return minimum<T, count / 2>(fold_smaller<T, count>(a));
-  }
+  return fold_smaller<T, count, 1>(a)[0];
 }
 
 inline uint32_t sum(Unsigned a) {
@@ -110,24 +110,14 @@ inline uint32_t sum(Unsigned a) {
   return x[0] + x[1];
 }
 
-// Bit l of the result is set where lane l of a comparison's result is true. The extensions have no such
-// operation, and without it finding a lane costs as much as pricing several rows.
-inline uint64_t bits_of(Ints truth) {
-#if defined(__AVX512DQ__)
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(truth));
-#elif defined(__AVX2__)
-  return uint32_t(_mm256_movemask_ps(reinterpret_cast<__m256>(truth)));
-#elif defined(__SSE2__)
-  return uint32_t(_mm_movemask_ps(reinterpret_cast<__m128>(truth)));
-#else
-  uint64_t bits = 0;
-  for (int l = 0; l < kLanes; l++) bits |= uint64_t(truth[l] & 1) << l;
-  return bits;
-#endif
-}
-
-// The inverse of bits_of, from the lowest kLanes bits.
+// Lane l is true (all ones) where bit l is set.
 inline Ints truth_of(uint64_t bits) {
   const Unsigned one_bit_each = (Unsigned{} + 1u) << load<Unsigned>(kCounting<uint32_t>.from);
   return ((Unsigned{} + uint32_t(bits)) & one_bit_each) != 0;
+}
+inline Longs long_truth_of(uint64_t bits) {
+  using UnsignedLongs = Vector<uint64_t, kLongLanes>;
+  const UnsignedLongs one_bit_each =
+      (UnsignedLongs{} + uint64_t{1}) << load<UnsignedLongs>(kCounting<uint64_t>.from);
+  return ((UnsignedLongs{} + bits) & one_bit_each) != 0;
 }

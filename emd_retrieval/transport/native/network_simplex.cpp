@@ -17,9 +17,6 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "kernel.hpp"
 
@@ -48,18 +45,6 @@ constexpr double kInfinity = __builtin_huge_val();
 constexpr int kFlowShift = 14;
 constexpr double kFlowTotal = 281474976710656.0;  // 2^48
 constexpr int32_t kPadCost = 1 << 30;  // no potential is larger, so padding never enters the basis
-
-// Nodes of the tree: suppliers from 0, demanders from kMaxNodes.
-constexpr int kNoNode = -1;
-inline bool is_supplier(int node) { return node < kMaxNodes; }
-inline int node_of_demander(int j) { return kMaxNodes + j; }
-
-// A node of the spanning tree, with the arc to its parent.
-struct TreeNode {
-  int64_t flow;  // on that arc
-  NodeSet suppliers, demanders;  // of the node's subtree, itself included
-  int32_t parent;
-};
 
 // ---- Weights ----------------------------------------------------------------------------------
 
@@ -191,7 +176,23 @@ inline CostScale<Real> scale_for(Real low, Real high, int cost_bits) {
   return to;
 }
 
+template <int for_writing, class Real>
+inline void prefetch_lines(const Real* first, ptrdiff_t count) {
+  for (ptrdiff_t k = 0; k < count; k += 64 / ptrdiff_t(sizeof(Real)))
+    __builtin_prefetch(first + k, for_writing, 2);
+}
+
 // ---- The simplex ------------------------------------------------------------------------------
+
+// A set of the basis's slots: bit s is slot s.
+template <int words>
+struct SlotSetOf {
+  using type = uint64_t;
+};
+template <>
+struct SlotSetOf<2> {
+  __extension__ using type = unsigned __int128;
+};
 
 struct Arc {
   int supplier, demander;
@@ -209,16 +210,22 @@ class NetworkSimplex {
 
  private:
   static constexpr int kRowVectors = kRows / kLanes, kColumnVectors = kColumns / kLanes;
+  static constexpr int kNodeVectors = kRowVectors + kColumnVectors;
+  static constexpr int kSlots = kRows + kColumns - 1;
+  static constexpr int kPathWords = (kSlots + 31) / 32, kSlotWords = (kSlots + 63) / 64;
   static constexpr int kCostBits = kRows > 32 && kColumns > 32 ? 24 : 25;
-  // Pricing grows with the area and a pivot hardly does: in large problems one pricing serves several.
-  static constexpr int kPivotsPerPricing =
-      kRows * kColumns <= 256 ? 1 : kRows * kColumns <= 2048 ? 2 : 4;
+  // Pricing grows with the area and a pivot hardly does: in larger problems one pricing serves several.
+  static constexpr int kPivotsPerPricing = kRows * kColumns <= 256 ? 1 : 4;
 
-  // The lowest reduced cost in each column, and the first of the four suppliers that hold it.
-  struct Candidates {
-    Ints reduced_cost[kColumnVectors];
-    alignas(64) int32_t suppliers_from[kColumns];
+  using SlotSet = typename SlotSetOf<kSlotWords>::type;
+  struct Ends {
+    int32_t supplier, demander;
   };
+
+  // Arcs of low reduced cost, each the lowest of its share of the columns. Bits 0-5 hold the demander,
+  // bits 6-9 a quarter of the first of four suppliers, one of which is meant; the bits above are the
+  // reduced cost's.
+  using Candidates = Vector<int32_t, kPivotsPerPricing>;
 
   int suppliers_, demanders_;
   Ints cost_[kRows * kColumnVectors];
@@ -226,8 +233,12 @@ class NetworkSimplex {
   float row_mean_[kRows];
   Ints column_mean_[kColumnVectors];
   Ints key_[kRows * kColumnVectors];
-  alignas(64) int32_t potential_[2 * kMaxNodes];  // by node
-  TreeNode tree_[2 * kMaxNodes];
+  // The basis is a spanning tree of m + n - 1 arcs, each in a slot, rooted at some node.
+  alignas(64) int64_t flow_[kRows + kColumns];  // by slot
+  Ends ends_[kSlots];
+  SlotSet below_supplier_;  // the slots whose arc has its supplier below, its demander towards the root
+  Ints path_[kPathWords][kNodeVectors];  // by node: the set of slots between it and the root, in words
+  Ints potential_[kNodeVectors];         // by node
   int64_t supply_[kMaxNodes], demand_[kMaxNodes];
   double supply_share_[kRows], demand_share_[kColumns];  // of the total; zero on padding
   alignas(64) unsigned char staged_[kRows * kColumns * sizeof(double)];
@@ -235,6 +246,16 @@ class NetworkSimplex {
 
   int32_t cost(int i, int j) const {
     return reinterpret_cast<const int32_t*>(cost_)[i * kColumns + j];
+  }
+  // Nodes: suppliers from 0, demanders from kRows.
+  int32_t& potential(int node) { return reinterpret_cast<int32_t*>(potential_)[node]; }
+  int32_t potential(int node) const { return reinterpret_cast<const int32_t*>(potential_)[node]; }
+  uint32_t& path_word(int word, int node) { return reinterpret_cast<uint32_t*>(path_[word])[node]; }
+  SlotSet path(int node) const {
+    SlotSet set = 0;
+    for (int w = 0; w < kPathWords; w++)
+      set |= SlotSet{reinterpret_cast<const uint32_t*>(path_[w])[node]} << (32 * w);
+    return set;
   }
 
   template <class Real>
@@ -248,9 +269,9 @@ class NetworkSimplex {
   template <class Real>
   void load_shares(const Problem<Real>& problem, const Totals& totals);
   void build_first_tree();
-  void price(Candidates& candidates) const;
-  Arc take(Candidates& candidates, int32_t reduced_cost) const;
-  double dual_bound(const Candidates& candidates) const;
+  Candidates price(Ints* lowest_by_column) const;
+  Arc arc_of(int32_t candidate) const;
+  double dual_bound(const Ints* lowest_by_column) const;
   void pivot(const Arc& entering);
   Outcome improve(double limit, int64_t most_pivots);
   template <class Real>
@@ -274,7 +295,8 @@ template <class Real>
 Outcome NetworkSimplex<kRows, kColumns>::load_costs(const Problem<Real>& problem) {
   const CostRows<Real> costs = readable_rows(problem);
   const auto range = range_of<Real, kColumns>(costs, suppliers_, demanders_);
-  if (!range.finite) return Outcome::cost_not_finite;
+  // A range that Real cannot hold leaves no room for potentials.
+  if (!range.finite || !(range.high - range.low < kInfinity)) return Outcome::cost_not_finite;
   const double magnitude = larger(-double(range.low), double(range.high));
   const double half_range = double(range.high) * 0.5 - double(range.low) * 0.5;
   constexpr double huge = sizeof(Real) == 4 ? 0x1p90 : 0x1p900;
@@ -395,12 +417,9 @@ void NetworkSimplex<kRows, kColumns>::build_first_tree() {
     }
   }
 
-  for (int i = 0; i < m; i++) tree_[i] = {0, only(i), 0, kNoNode};
-  for (int j = 0; j < n; j++) tree_[node_of_demander(j)] = {0, 0, only(j), kNoNode};
-  struct {
-    int node, parent;
-    int32_t cost;
-  } leaves[2 * kMaxNodes];
+  int32_t leaf_of[kSlots], parent_of[kSlots];
+  below_supplier_ = 0;
+  memset(flow_, 0, sizeof flow_);
   int leaf_count = 0;
   NodeSet suppliers = first_nodes(m), demanders = first_nodes(n);
   while (leaf_count < m + n - 1) {
@@ -425,8 +444,8 @@ void NetworkSimplex<kRows, kColumns>::build_first_tree() {
 
     for (int t = 0; t < count && leaf_count < m + n - 1; t++) {
       const int i = (sorted[t] >> 6) & 63, j = sorted[t] & 63;
-      if (!(suppliers & only(i))) continue;
-      // Which of the two is used up is a coin flip that no branch predictor would get right.
+      // Whether the supplier was used up in this round, and which of the two is used up now, are coin
+      // flips that no branch predictor would get right: an arc without flow is written over by the next.
       const int64_t offered = supply_[i], wanted = demand_[j];
       const int64_t used_up = -int64_t{offered < wanted};  // all ones: the supplier
       const int64_t flow = wanted + ((offered - wanted) & used_up);
@@ -434,14 +453,15 @@ void NetworkSimplex<kRows, kColumns>::build_first_tree() {
       demand_[j] = wanted - flow;
       suppliers &= ~(only(i) & NodeSet(used_up));
       demanders &= ~(only(j) & ~NodeSet(used_up));
-      const int either = i ^ node_of_demander(j);
-      const int leaf = node_of_demander(j) ^ (either & int(used_up));
-      const int parent = leaf ^ either;
-      tree_[leaf].parent = parent;
-      tree_[leaf].flow = flow;
-      tree_[parent].suppliers |= tree_[leaf].suppliers;
-      tree_[parent].demanders |= tree_[leaf].demanders;
-      leaves[leaf_count++] = {leaf, parent, cost(i, j)};
+      const int either = i ^ (kRows + j);
+      const int leaf = (kRows + j) ^ (either & int(used_up));
+      leaf_of[leaf_count] = leaf;
+      parent_of[leaf_count] = leaf ^ either;
+      ends_[leaf_count] = {i, j};
+      flow_[leaf_count] = flow;
+      const bool is_arc = offered > 0;
+      below_supplier_ |= SlotSet(used_up & int64_t{is_arc}) << leaf_count;
+      leaf_count += is_arc;
     }
 
     for (int k = 0; k < kColumnVectors; k++) {
@@ -456,13 +476,20 @@ void NetworkSimplex<kRows, kColumns>::build_first_tree() {
 
   // The last leaf hangs below the root: backwards, every parent comes before its children.
   memset(potential_, 0, sizeof potential_);
-  for (int k = leaf_count - 1; k >= 0; k--)
-    potential_[leaves[k].node] = leaves[k].cost - potential_[leaves[k].parent];
+  memset(path_, 0, sizeof path_);
+  for (int k = leaf_count - 1; k >= 0; k--) {
+    const int leaf = leaf_of[k], parent = parent_of[k];
+    potential(leaf) = cost(ends_[k].supplier, ends_[k].demander) - potential(parent);
+    for (int w = 0; w < kPathWords; w++) path_word(w, leaf) = path_word(w, parent);
+    path_word(k / 32, leaf) |= 1u << (k % 32);
+  }
 }
 
-// Prices all arcs: reduced cost = cost - supplier's potential - demander's potential.
+// Prices all arcs: reduced cost = cost - supplier's potential - demander's potential. Writes the lowest
+// of each column; some candidate is negative if and only if one of them is.
 template <int kRows, int kColumns>
-void NetworkSimplex<kRows, kColumns>::price(Candidates& candidates) const {
+auto NetworkSimplex<kRows, kColumns>::price(Ints* lowest_by_column) const -> Candidates {
+  Ints best = splat(kIntMax);
   constexpr int kAtOnce = kColumnVectors < 4 ? kColumnVectors : 4;  // more would not stay in registers
   for (int from = 0; from < kColumnVectors; from += kAtOnce) {
     Ints lowest[kAtOnce], where[kAtOnce];
@@ -471,9 +498,9 @@ void NetworkSimplex<kRows, kColumns>::price(Candidates& candidates) const {
       where[k] = Ints{};
     }
     for (int i = 0; i < suppliers_; i += 4) {
-      const int32_t* const u = potential_ + i;
+      const int32_t* const u = reinterpret_cast<const int32_t*>(potential_) + i;
       const Ints u0 = splat(u[0]), u1 = splat(u[1]), u2 = splat(u[2]), u3 = splat(u[3]);
-      const Ints here = splat(i);
+      const Ints here = splat(i << 4);
       for (int k = 0; k < kAtOnce; k++) {
         const Ints* const c = cost_ + i * kColumnVectors + from + k;
         const Ints of_four = smaller(smaller(c[0] - u0, c[kColumnVectors] - u1),
@@ -484,137 +511,124 @@ void NetworkSimplex<kRows, kColumns>::price(Candidates& candidates) const {
       }
     }
     for (int k = 0; k < kAtOnce; k++) {
-      const Ints v = load<Ints>(potential_ + node_of_demander((from + k) * kLanes));
-      candidates.reduced_cost[from + k] = lowest[k] - v;
-      store(candidates.suppliers_from + (from + k) * kLanes, where[k]);
+      const Ints v = potential_[kRowVectors + from + k];
+      lowest_by_column[from + k] = lowest[k] - v;
+      const Ints nodes = where[k] | count_from((from + k) * kLanes);
+      best = smaller(best, (lowest_by_column[from + k] & ~1023) | nodes);
     }
   }
+  return fold_smaller<int32_t, kLanes, kPivotsPerPricing>(best);
 }
 
-// Takes the first column with that reduced cost out of the candidates and returns its best arc, with
-// the reduced cost that the arc has by now.
+// The arc that a candidate means, with the reduced cost that it has by now.
 template <int kRows, int kColumns>
-Arc NetworkSimplex<kRows, kColumns>::take(Candidates& candidates, int32_t reduced_cost) const {
-  NodeSet equal = 0;
-  for (int k = 0; k < kColumnVectors; k++)
-    equal |= bits_of(candidates.reduced_cost[k] == reduced_cost) << (k * kLanes);
-  const int j = lowest_node(equal);
-  if (kPivotsPerPricing > 1)
-    for (int k = 0; k < kColumnVectors; k++)
-      candidates.reduced_cost[k] =
-          count_from(k * kLanes) == j ? splat(kIntMax) : candidates.reduced_cost[k];
-  Arc best{candidates.suppliers_from[j], j, kIntMax};
-  const int from = best.supplier;
+Arc NetworkSimplex<kRows, kColumns>::arc_of(int32_t candidate) const {
+  const int j = candidate & 63, from = (candidate >> 4) & 60;
+  Arc best{from, j, kIntMax};
   for (int i = from; i < from + 4; i++) {
-    const int32_t without_v = cost(i, j) - potential_[i];
+    const int32_t without_v = cost(i, j) - potential(i);
     best.supplier = without_v < best.reduced_cost ? i : best.supplier;
     best.reduced_cost = smaller(best.reduced_cost, without_v);
   }
-  best.reduced_cost -= potential_[node_of_demander(j)];
+  best.reduced_cost -= potential(kRows + j);
   return best;
 }
 
-// Fresh candidates make the potentials feasible: lowering each demander's to its column's lowest cost
+// Fresh prices make the potentials feasible: lowering each demander's to its column's lowest cost
 // gives a bound from below on the integer problem's optimum, per mass.
 template <int kRows, int kColumns>
-double NetworkSimplex<kRows, kColumns>::dual_bound(const Candidates& candidates) const {
+double NetworkSimplex<kRows, kColumns>::dual_bound(const Ints* lowest_by_column) const {
   alignas(64) int32_t feasible[kColumns];
   for (int k = 0; k < kColumnVectors; k++) {
-    const Ints v = load<Ints>(potential_ + node_of_demander(k * kLanes));
-    store(feasible + k * kLanes, candidates.reduced_cost[k] + v);
+    const Ints v = potential_[kRowVectors + k];
+    store(feasible + k * kLanes, lowest_by_column[k] + v);
   }
   double sums[4] = {0, 0, 0, 0};
   for (int i = 0; i < kRows; i += 4)
-    for (int k = 0; k < 4; k++) sums[k] += supply_share_[i + k] * potential_[i + k];
+    for (int k = 0; k < 4; k++) sums[k] += supply_share_[i + k] * potential(i + k);
   for (int j = 0; j < kColumns; j += 4)
     for (int k = 0; k < 4; k++) sums[k] += demand_share_[j + k] * feasible[j + k];
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Brings an arc into the basis: pushes flow round its cycle until one arc on it is empty, cuts the tree
-// there and hangs what was cut off below the other end of the entering arc.
+// Brings an arc into the basis: pushes flow round its cycle until one arc on it is empty, and gives that
+// arc's slot to it. No tree is walked: the paths are sets, and so is the cycle.
 template <int kRows, int kColumns>
 void NetworkSimplex<kRows, kColumns>::pivot(const Arc& entering) {
-  // The cycle: from either end up to where the paths meet. Suppliers and demanders alternate on a path,
-  // and flow falls on the arcs above nodes of the kind that the path starts with.
-  const int supplier = entering.supplier, demander = node_of_demander(entering.demander);
-  const NodeSet demander_set = only(entering.demander);
-  int path[2 * kMaxNodes];
-  path[0] = demander;
-  int length = 0, cut = 0;
+  // The arcs of the cycle are those on one of the two paths to the root, not on both. Suppliers and
+  // demanders alternate on a path, and flow falls on the arcs below whose nodes are of the path's kind.
+  const int supplier = entering.supplier, demander = kRows + entering.demander;
+  const SlotSet from_supplier = path(supplier), from_demander = path(demander);
+  const SlotSet cycle = from_supplier ^ from_demander;
+  const SlotSet falls = cycle & (from_demander ^ below_supplier_);
   int64_t pushed = INT64_MAX;
-  int node = supplier;
-  while (!(tree_[node].demanders & demander_set)) {
-    if (is_supplier(node) && tree_[node].flow < pushed) {
-      pushed = tree_[node].flow;
-      cut = length;
+  int cut = 0;
+  for (int w = 0; w < kSlotWords; w++)
+    for (auto rest = uint64_t(falls >> (64 * w)); rest; rest &= rest - 1) {
+      const int slot = 64 * w + lowest_node(rest);
+      cut = flow_[slot] < pushed ? slot : cut;
+      pushed = smaller(flow_[slot], pushed);
     }
-    path[length++] = node;
-    node = tree_[node].parent;
-  }
-  const int apex = node, second_path = length;
-  for (node = demander; node != apex; node = tree_[node].parent) {
-    if (!is_supplier(node) && tree_[node].flow < pushed) {
-      pushed = tree_[node].flow;
-      cut = length;
-    }
-    path[length++] = node;
-  }
-  const bool cut_above_supplier = cut < second_path;
 
-  const NodeSet moved_suppliers = tree_[path[cut]].suppliers;
-  const NodeSet moved_demanders = tree_[path[cut]].demanders;
-  const int32_t shift = cut_above_supplier ? entering.reduced_cost : -entering.reduced_cost;
-  const auto add = [this](int first_node, NodeSet moved, int vectors, int32_t change) {
-    for (int k = 0; k < vectors; k++) {
-      int32_t* const at = potential_ + first_node + k * kLanes;
-      store(at, load<Ints>(at) + (truth_of(moved >> (k * kLanes)) & change));
+  // The nodes below the cut now reach the root through the entering arc: from there up to the arc that
+  // left, its ends swap, and their paths change by the cycle.
+  const SlotSet cut_bit = SlotSet{1} << cut;
+  const bool moves_supplier = (from_supplier & cut_bit) != 0;
+  const bool supplier_below = (below_supplier_ & cut_bit) != 0;
+  const SlotSet above = path(supplier_below ? ends_[cut].supplier : kRows + ends_[cut].demander);
+  const SlotSet turned = (moves_supplier ? from_supplier : from_demander) & ~above;
+  below_supplier_ = ((below_supplier_ ^ turned) & ~cut_bit) | (moves_supplier ? cut_bit : 0);
+  ends_[cut] = {entering.supplier, entering.demander};
+  const SlotSet others = cycle & ~cut_bit;  // the entering arc has the slot of the arc that left
+  const Ints cut_lane = splat(int32_t(1u << (cut % 32)));
+  const auto move = [&](int first_vector, int nodes, int32_t shift) {
+    for (int k = first_vector; k < first_vector + (nodes + kLanes - 1) / kLanes; k++) {
+      const Ints moved = (path_[cut / 32][k] & cut_lane) != 0;
+      potential_[k] += moved & shift;
+      for (int w = 0; w < kPathWords; w++) path_[w][k] ^= moved & int32_t(uint32_t(others >> (32 * w)));
     }
   };
-  add(0, moved_suppliers, kRowVectors, shift);
-  add(kMaxNodes, moved_demanders, kColumnVectors, -shift);
-  for (int k = 0; k < length; k++) {
-    TreeNode& on_cycle = tree_[path[k]];
-    const bool falls = is_supplier(path[k]) == (k < second_path);
-    on_cycle.flow += falls ? -pushed : pushed;
-    // Above the cut this takes the moved subtree out, on the other path it puts it in, and below the cut
-    // it leaves what the node's parent keeps when that becomes the node's child.
-    on_cycle.suppliers ^= moved_suppliers;
-    on_cycle.demanders ^= moved_demanders;
+  const int32_t shift = moves_supplier ? entering.reduced_cost : -entering.reduced_cost;
+  move(0, suppliers_, shift);
+  move(kRowVectors, demanders_, -shift);
+  for (int w = 0; w < kSlotWords; w++) {
+    auto changing = uint64_t(cycle >> (64 * w)), falling = uint64_t(falls >> (64 * w));
+    const int last = smaller(suppliers_ + demanders_ - 1, 64 * (w + 1));
+    for (int slot = 64 * w; slot < last; slot += kLongLanes) {
+      const Longs minus = long_truth_of(falling);
+      const Longs change = long_truth_of(changing) & ((minus ^ pushed) - minus);
+      store(flow_ + slot, load<Longs>(flow_ + slot) + change);
+      changing >>= kLongLanes;
+      falling >>= kLongLanes;
+    }
   }
-  // From the entering arc to the cut every parent becomes a child; its arc is the one to that child.
-  const int first = cut_above_supplier ? 0 : second_path;
-  for (int k = cut; k > first; k--) {
-    const TreeNode& child = tree_[path[k - 1]];
-    tree_[path[k]] = {child.flow, child.suppliers, child.demanders, path[k - 1]};
-  }
-  tree_[path[first]] = {pushed, moved_suppliers, moved_demanders,
-                        cut_above_supplier ? demander : supplier};
+  flow_[cut] = pushed;
 }
 
 // Pivots until no reduced cost is negative, or until the optimum is known to be above the limit (in
 // integer costs per mass).
 template <int kRows, int kColumns>
 Outcome NetworkSimplex<kRows, kColumns>::improve(double limit, int64_t most_pivots) {
-  Candidates candidates;
-  const auto lowest = [&candidates] {
-    Ints all = candidates.reduced_cost[0];
-    for (int k = 1; k < kColumnVectors; k++) all = smaller(all, candidates.reduced_cost[k]);
-    return minimum<int32_t, kLanes>(all);
-  };
+  Ints lowest_by_column[kColumnVectors];
   for (pivots_ = 0;;) {
-    price(candidates);
-    int32_t reduced_cost = lowest();
-    if (reduced_cost >= 0) return Outcome::solved;
-    if (limit < kInfinity && dual_bound(candidates) > limit) return Outcome::pruned;
-    for (int k = 0; k < kPivotsPerPricing && reduced_cost < 0; k++) {
-      const Arc entering = take(candidates, reduced_cost);
-      if (entering.reduced_cost < 0) {
-        if (pivots_ == most_pivots) return Outcome::pivot_overrun;
-        pivots_++;
-        pivot(entering);
+    const Candidates candidates = price(lowest_by_column);
+    if (minimum<int32_t, kPivotsPerPricing>(candidates) >= 0) return Outcome::solved;
+    if (limit < kInfinity && dual_bound(lowest_by_column) > limit) return Outcome::pruned;
+    // The other candidates may not be any by the time of their turn.
+    int32_t sorted[kPivotsPerPricing];
+    store(sorted, candidates);
+    for (int k = 1; k < kPivotsPerPricing; k++)
+      for (int l = k; l > 0; l--) {
+        const int32_t one = sorted[l - 1], other = sorted[l];
+        sorted[l - 1] = smaller(one, other);
+        sorted[l] = larger(one, other);
       }
-      if (k + 1 < kPivotsPerPricing) reduced_cost = lowest();
+    for (int k = 0; k < kPivotsPerPricing && sorted[k] < 0; k++) {
+      const Arc entering = arc_of(sorted[k]);
+      if (entering.reduced_cost >= 0) continue;
+      if (pivots_ == most_pivots) return Outcome::pivot_overrun;
+      pivots_++;
+      pivot(entering);
     }
   }
 }
@@ -626,32 +640,25 @@ void NetworkSimplex<kRows, kColumns>::write(const Problem<Real>& problem, const 
   const int m = suppliers_, n = demanders_;
   if (plan.flow) memset(plan.flow, 0, sizeof(Real) * m * n);
   constexpr int64_t half = int64_t{1} << (kFlowShift - 1);
-  const auto add_arc = [&](const TreeNode& lower_end, int i, int j, double& value) {
-    const double share = double((lower_end.flow + half) >> kFlowShift) * (1 / kFlowTotal);
-    value += share * problem.cost[i * n + j];
-    if (plan.flow) plan.flow[i * n + j] = Real(share * totals.supply);
-  };
   double values[2] = {0, 0};
-  for (int i = 0; i < m; i++) {
-    const TreeNode& node = tree_[i];
-    if (node.parent != kNoNode) add_arc(node, i, node.parent - kMaxNodes, values[0]);
-  }
-  for (int j = 0; j < n; j++) {
-    const TreeNode& node = tree_[node_of_demander(j)];
-    if (node.parent != kNoNode) add_arc(node, node.parent, j, values[1]);
+  for (int k = 0; k < m + n - 1; k++) {
+    const int at = ends_[k].supplier * n + ends_[k].demander;
+    const double share = double((flow_[k] + half) >> kFlowShift) * (1 / kFlowTotal);
+    values[k & 1] += share * problem.cost[at];
+    if (plan.flow) plan.flow[at] = Real(share * totals.supply);
   }
   plan.value = (values[0] + values[1]) * totals.supply;
 
   if (!plan.supply_potential) return;
   int64_t sum_of_supply_potentials = 0;
-  for (int i = 0; i < m; i++) sum_of_supply_potentials += potential_[i];
+  for (int i = 0; i < m; i++) sum_of_supply_potentials += potential(i);
   double mean = double(sum_of_supply_potentials) / m;
   // A whole number of units leaves potentials that float32 holds without rounding, as far as it can.
   if (sizeof(Real) == sizeof(float)) mean = __builtin_floor(mean + 0.5);
-  for (int i = 0; i < m; i++) plan.supply_potential[i] = Real((potential_[i] - mean) * cost_unit_);
+  for (int i = 0; i < m; i++) plan.supply_potential[i] = Real((potential(i) - mean) * cost_unit_);
   for (int j = 0; j < n; j++)
     plan.demand_potential[j] =
-        Real(cost_base_ + (potential_[node_of_demander(j)] + mean) * cost_unit_);
+        Real(cost_base_ + (potential(kRows + j) + mean) * cost_unit_);
 }
 
 template <int kRows, int kColumns>
@@ -674,6 +681,11 @@ Outcome NetworkSimplex<kRows, kColumns>::solve(const Problem<Real>& problem, con
     const double base = cost_base_ / cost_unit_;
     limit = limits.value_per_mass / cost_unit_ - base + 1 + 0x1p-44 * __builtin_fabs(base);
   }
+  // The pivots hide the way from main memory of what comes after them.
+  const ptrdiff_t area = ptrdiff_t{suppliers_} * demanders_;
+  const Real* const next_cost = problem.cost + area;
+  if (next_cost < problem.cost_end) prefetch_lines<0>(next_cost, area);
+  if (plan.flow) prefetch_lines<1>(plan.flow, area);
   outcome = improve(limit, limits.pivots);
   plan.pivots = pivots_;
   if (outcome == Outcome::solved) write(problem, totals, plan);
