@@ -5,6 +5,7 @@ A conftest.py that imports the fixtures offers them to its folder.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,27 @@ def write_weights(file: Path, seed: int = 0) -> Path:
     model = timm.create_model(BACKBONE, pretrained=False)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, file)
     return file
+
+
+def write_cub(folder: Path, classes: Iterable[int], per_class: int = 2, side: int = 40) -> Path:
+    """The layout of CUB-200-2011 with some of its class numbers, each a colour with noise."""
+    generator = np.random.default_rng(0)
+    root = folder / "CUB_200_2011"
+    lines: dict[str, list[str]] = {"classes": [], "images": [], "image_class_labels": []}
+    for number in classes:
+        name = f"{number:03d}.Bird_{number}"
+        lines["classes"].append(f"{number} {name}")
+        (root / "images" / name).mkdir(parents=True)
+        colour = generator.uniform(40, 215, 3)
+        for i in range(per_class):
+            image = len(lines["images"]) + 1
+            lines["images"].append(f"{image} {name}/{i}.png")
+            lines["image_class_labels"].append(f"{image} {number}")
+            pixels = (colour + generator.normal(0, 20, (side, side, 3))).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / name / f"{i}.png")
+    for name, content in lines.items():
+        (root / f"{name}.txt").write_text("\n".join(content) + "\n", encoding="utf-8")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,9 @@ EXAMPLES = """examples:
         --extractor fcn --pyramid 3,2,1 --shortlist all
   any folder of class sub-folders, weights from a file:
     emd-retrieval evaluate --data photos/ --backbone resnet50 --weights resnet50.safetensors
+  a trained run, with the weights of its frozen trunk:
+    emd-retrieval evaluate --data CUB_200_2011 --classes 26-50 --model runs/ms_fcn \\
+        --weights tf_efficientnet_lite0.safetensors --shortlist all
   embeddings you have: packed sets of 128-channel nodes, query and gallery apart:
     emd-retrieval evaluate --embeddings query.npy --labels query_labels.npy --channels 128 \\
         --gallery-embeddings gallery.parquet
@@ -40,14 +43,25 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     images = parser.add_argument_group("images")
     images.add_argument("--classes", metavar="SPEC", help="for instance 26-50 or 1,3,7-9 (all)")
     images.add_argument("--gallery", type=Path, metavar="DIR", help="search here, not in --data")
+    images.add_argument(
+        "--model", type=Path, metavar="RUN", help="a trained run (emd-retrieval train), no backbone"
+    )
     images.add_argument("--backbone", default="resnet50", metavar="NAME", help="timm (resnet50)")
     images.add_argument(
         "--weights", type=Path, metavar="FILE", help="local file; timm's hub without"
     )
     images.add_argument("--layer", type=int, metavar="I", help="intermediate feature map (last)")
-    images.add_argument("--extractor", default="fcn", choices=["fcn"], help="local features (fcn)")
-    images.add_argument("--pyramid", default="3,2,1", metavar="SIZES", help="levels (3,2,1)")
-    images.add_argument("--include-map", action="store_true", help="append the feature map's cells")
+    images.add_argument(
+        "--extractor", default="fcn", choices=["fcn", "grid", "sampling"], help="nodes (fcn)"
+    )
+    images.add_argument("--pyramid", default="3,2,1", metavar="SIZES", help="fcn: levels (3,2,1)")
+    images.add_argument("--include-map", action="store_true", help="fcn: append the map's cells")
+    images.add_argument("--grid", default="3,2", metavar="SIZES", help="grid: levels (3,2)")
+    images.add_argument("--context", type=float, default=2.0, metavar="X", help="grid: enlarge (2)")
+    images.add_argument("--patches", type=int, default=25, metavar="P", help="sampling: (25)")
+    images.add_argument(
+        "--patch-size", type=int, metavar="PX", help="grid, sampling: side (the backbone's own)"
+    )
     images.add_argument("--resize", type=int, default=256, metavar="PX", help="short side (256)")
     images.add_argument("--crop", type=int, default=224, metavar="PX", help="centre crop (224)")
     images.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
@@ -103,6 +117,10 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
 
     set_threads(options.threads)
     _refuse_foreign(options, default)
+    if options.model is None:
+        _refuse_other_extractors(options, default)
+    else:
+        _refuse_beside_a_model(options, default)
     check_choice("--solver", options.solver, available_solvers())
     output = options.output or Path("runs/evaluate")
     matcher = EMDMatcher(
@@ -118,11 +136,17 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
                 data=options.data,
                 classes=options.classes,
                 gallery=options.gallery,
+                model=options.model,
                 backbone=options.backbone,
                 weights=options.weights,
                 layer=options.layer,
-                pyramid=_pyramid(options.pyramid),
+                extractor=options.extractor,
+                pyramid=_levels("--pyramid", options.pyramid),
                 include_map=options.include_map,
+                grid=_levels("--grid", options.grid),
+                context=options.context,
+                patches=options.patches,
+                patch_size=options.patch_size,
                 resize=options.resize,
                 crop=options.crop,
                 shortlist=shortlist,
@@ -188,18 +212,19 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _pyramid(text: str) -> tuple[int, ...]:
+def _levels(option: str, text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all(part.isdigit() for part in parts):
-        raise ValueError(f"--pyramid: expected sizes as in 3,2,1, got {text!r}")
+        raise ValueError(f"{option}: expected sizes as in 3,2,1, got {text!r}")
     return tuple(int(part) for part in parts)
 
 
 _MATCHING = ("shortlist", "ground_cost", "node_weights", "weight_floor", "solver")
 _READ_BY = {
     "--data": (
-        "classes", "gallery", "backbone", "weights", "layer", "extractor", "pyramid", "include_map",
-        "resize", "crop", "batch_size", "device", "bf16", "workers", "skip_errors", *_MATCHING,
+        "classes", "gallery", "model", "backbone", "weights", "layer", "extractor", "pyramid",
+        "include_map", "grid", "context", "patches", "patch_size", "resize", "crop", "batch_size",
+        "device", "bf16", "workers", "skip_errors", *_MATCHING,
     ),
     "--embeddings": (
         "labels", "channels", "global_node", "gallery_embeddings", "gallery_labels", *_MATCHING,
@@ -216,3 +241,39 @@ def _refuse_foreign(options: argparse.Namespace, default: Callable[[str], Any]) 
             continue
         readers = " or ".join(source for source, names in _READ_BY.items() if name in names)
         raise ValueError(f"--{name.replace('_', '-')} goes with {readers}, not with {chosen}")
+
+
+_EXTRACTOR_OPTIONS = {
+    "pyramid": ("fcn",),
+    "include_map": ("fcn",),
+    "grid": ("grid",),
+    "context": ("grid",),
+    "patches": ("sampling",),
+    "patch_size": ("grid", "sampling"),
+}
+
+
+def _refuse_other_extractors(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
+    """An option that the chosen extractor does not read would change nothing, without a word."""
+    for name, readers in _EXTRACTOR_OPTIONS.items():
+        if options.extractor not in readers and getattr(options, name) != default(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} goes with --extractor {' or '.join(readers)}, "
+                f"not with {options.extractor}"
+            )
+
+
+_OF_A_MODEL = (
+    "backbone", "layer", "extractor", *_EXTRACTOR_OPTIONS, "resize", "crop", "ground_cost",
+    "node_weights", "weight_floor", "solver",
+)  # fmt: skip
+
+
+def _refuse_beside_a_model(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
+    """A trained run knows its backbone, extractor, views and matching."""
+    for name in _OF_A_MODEL:
+        if getattr(options, name) != default(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} goes with --backbone, not with --model, whose recipe "
+                "says it already"
+            )

@@ -54,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     # Imported here, so that `emd-retrieval --help` does not wait for torch.
-    from emd_retrieval.cli import demo, evaluate
+    from emd_retrieval.cli import demo, evaluate, extract, rerank, search, table8, train, tune
 
     parser = _Parser(
         prog="emd-retrieval",
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"emd_retrieval {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (demo, evaluate):
+    for module in (demo, evaluate, extract, train, table8, rerank, search, tune):
         command = module.add_command(commands)
         _add_common(command)
     return parser

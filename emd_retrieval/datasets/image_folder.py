@@ -80,7 +80,7 @@ def load_image_folder(root: str | Path, classes: ClassSpec | None = None) -> Ima
     }
     if not folders:
         raise FileNotFoundError(f"{root}: {len(entries)} files but no sub-folders; {layout}")
-    files = {name: sorted(_image_files(folder)) for name, folder in folders.items()}
+    files = {name: sorted(image_files(folder)) for name, folder in folders.items()}
     ordered = class_numbers_of(name for name, paths in files.items() if paths)
     if not ordered:
         raise FileNotFoundError(
@@ -137,7 +137,7 @@ def save_image_folder(collection: ImageCollection, folder: str | Path) -> Path:
     return folder
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def image_files(folder: Path) -> Iterator[Path]:
     """Every image below a folder, which may be a link itself; links to folders are not followed."""
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -1,10 +1,11 @@
-"""Backbones: any timm model as a dense feature extractor, ``[B, 3, h, w] -> [B, D, H, W]``."""
+"""Backbones: dense feature extractors ``[B, 3, h, w] -> [B, D, H, W]``, of timm or our own."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-_NO_MAP = "has no spatial feature map; choose another model, or an intermediate layer"
+from emd_retrieval.features.resnet12 import ResNet12
+
+_OWN: dict[str, Callable[[], nn.Module]] = {
+    "resnet12": ResNet12,
+    "resnet12_stride8": partial(ResNet12, last_pooling=False),
+}
+"""Models that timm does not have."""
 
 
 class Backbone(nn.Module):
-    """A timm model without its classifier and pooling.
+    """A model without its classifier and pooling.
 
     Build it with :func:`load_backbone`.
 
     Attributes:
-        name: timm's name of the model.
+        name: Name of the model.
         layer: ``None`` for the last feature map, or the index of an intermediate one.
         channels: D, the channels of the feature map.
         mean: Input mean for RGB in [0, 1].
@@ -45,7 +52,7 @@ class Backbone(nn.Module):
             probe = self(torch.zeros(1, 3, self.input_size, self.input_size))
             model.train(training)
         if probe.shape[2] * probe.shape[3] == 1:
-            raise ValueError(f"backbone: {name} {_NO_MAP}")
+            raise self._no_map()
         self.channels = int(probe.shape[1])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -72,12 +79,22 @@ class Backbone(nn.Module):
             return maps[0]
         features = self.model.forward_features(images)
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
-            raise ValueError(f"backbone: {self.name} {_NO_MAP}")
+            raise self._no_map()
         if features.ndim == 3:
-            return _tokens_to_map(features, self.model, images)
+            feature_map = _tokens_to_map(features, self.model, images)
+            if feature_map is None:
+                raise self._no_map()
+            return feature_map
         if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
             return features.permute(0, 3, 1, 2)
         return features
+
+    def _no_map(self) -> ValueError:
+        """CoaT, CrossViT, PiT and VOLO end in class tokens, or in several sets of tokens."""
+        way_out = "choose another model"
+        if self.layer is None and hasattr(self.model, "forward_intermediates"):
+            way_out = "take its last intermediate one: layer=-1 (--layer -1)"
+        return ValueError(f"backbone: the output of {self.name} is no feature map; {way_out}")
 
     def describe(self) -> dict[str, Any]:
         """The settings, for a result record."""
@@ -91,13 +108,16 @@ def load_backbone(
     pretrained: bool = True,
     layer: int | None = None,
 ) -> Backbone:
-    """Load a timm model as a dense feature extractor.
+    """Load a timm model, or ResNet-12, as a dense feature extractor.
 
     Args:
         name: A timm model, with or without a weights tag. timm's default for ``resnet50`` is a
-            later training recipe; ``resnet50.tv_in1k`` has the weights of the paper's time.
+            later training recipe; ``resnet50.tv_in1k`` has the weights of the paper's time. Or
+            ``resnet12``, the few-shot backbone, and ``resnet12_stride8``, the same without its last
+            pooling, for small images (:class:`~emd_retrieval.features.resnet12.ResNet12`).
         weights: A local ``.safetensors``, ``.pth`` or ``.pt`` file in timm's names; only tensors
-            are read from it. A classifier in it is left out.
+            are read from it. A classifier in it is left out. For ``resnet12`` the reference code's
+            checkpoints fit.
         pretrained: Without ``weights``, whether to fetch timm's weights from its hub; ``False``
             gives random ones.
         layer: Index of an intermediate feature map, negative from the end; the last one by default.
@@ -106,17 +126,27 @@ def load_backbone(
         The backbone, in evaluation mode.
 
     Raises:
-        ValueError: If timm has no such model, the model no such layer, or the weights do not fit.
+        ValueError: If there is no such model, the model has no such layer or no feature map, or the
+            weights do not fit.
         FileNotFoundError: If ``weights`` is not a file.
         RuntimeError: If the hub cannot be reached.
     """
     _check_name(name)
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"weights: no file {str(weights)!r}")
+    if name in _OWN and pretrained and weights is None:
+        raise ValueError(
+            f"backbone: no hub has weights of {name!r}; pass a file: weights=FILE "
+            "(--weights FILE), or pretrained=False for random ones"
+        )
     try:
         # The pooling stays the model's own: some transformers name their last norm after it, so
         # that without it weights would not fit (or, from the hub, be left out without a word).
-        model = timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
+        model = (
+            _OWN[name]()
+            if name in _OWN
+            else timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
+        )
     except (OSError, RuntimeError) as error:
         if weights is not None or not pretrained:
             raise
@@ -132,9 +162,11 @@ def load_backbone(
 
 
 def _check_name(name: str) -> None:
+    if name in _OWN:
+        return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        near = difflib.get_close_matches(architecture, [*_OWN, *timm.list_models()], n=3)
         hint = f"; nearest names: {', '.join(near)}" if near else ""
         raise ValueError(f"backbone: timm has no model {name!r}{hint}")
     try:
@@ -148,6 +180,8 @@ def _check_name(name: str) -> None:
 
 def _load_weights(model: nn.Module, name: str, path: Path) -> None:
     state = read_weights(path)
+    if isinstance(model, ResNet12):
+        state = model.own_names(state)
     own = model.state_dict()
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else classifier
@@ -167,7 +201,7 @@ def _load_weights(model: nn.Module, name: str, path: Path) -> None:
         ]
         raise ValueError(
             f"weights: {path.name} does not fit {name!r}: {'; '.join(problems)}. "
-            f"It must hold the state of that timm model, in timm's names"
+            "It must hold the state of that model, in the names it has in timm or here"
         )
     model.load_state_dict({k: v for k, v in state.items() if k in own})
 
@@ -186,8 +220,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"weights: {path.name} is not a readable weights file ({_first_line(error)})"
         ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    if isinstance(state, Mapping):
+        for key in ("state_dict", "params"):
+            if isinstance(state.get(key), Mapping):
+                state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"weights: {path.name} holds no state dict (names to tensors)")
     return dict(state)
@@ -201,8 +237,12 @@ def _check_layer(model: Any, name: str, layer: int) -> None:
         raise ValueError(f"layer: {name!r} has feature maps 0 to {count - 1}, got {layer}")
 
 
-def _tokens_to_map(tokens: Tensor, model: nn.Module, images: Tensor) -> Tensor:
-    """Transformer tokens without the class and register ones, back on their grid."""
+def _tokens_to_map(tokens: Tensor, model: nn.Module, images: Tensor) -> Tensor | None:
+    """Transformer tokens without the class and register ones, back on their grid if they form one.
+
+    Where a model does not tell its grid or its class tokens, a number of tokens that is no square
+    says that there is no such grid.
+    """
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     cells = tokens[:, prefix:]
     patch = getattr(model, "patch_embed", None)
@@ -211,9 +251,7 @@ def _tokens_to_map(tokens: Tensor, model: nn.Module, images: Tensor) -> Tensor:
     else:
         height = width = math.isqrt(cells.shape[1])
     if height * width != cells.shape[1]:
-        raise ValueError(
-            f"backbone: {cells.shape[1]} tokens of a {list(images.shape[-2:])} image form no grid"
-        )
+        return None
     return cells.mT.reshape(len(cells), cells.shape[2], height, width)
 
 

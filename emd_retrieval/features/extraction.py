@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from emd_retrieval._checks import check_tensor
-from emd_retrieval.features.extractors import FCNExtractor
+from emd_retrieval.features.extractor import Extractor
 from emd_retrieval.progress import progress_counter
 
 
@@ -56,7 +56,7 @@ class FeatureSet:
 
 def extract_features(
     dataset: Dataset[Any],
-    extractor: FCNExtractor,
+    extractor: Extractor,
     *,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
@@ -67,7 +67,8 @@ def extract_features(
     """Extract local features and global vectors of every image.
 
     Args:
-        dataset: Yields ``(image [3, h, w], label, row)``.
+        dataset: Yields ``(views, label, row)``, views as the extractor's ``evaluation_transform``
+            makes them.
         extractor: Put into evaluation mode for the run, and back.
         batch_size: Images a forward pass.
         device: Where the extractor runs. The result is on the CPU.
@@ -90,16 +91,16 @@ def extract_features(
         torch.inference_mode(),
         progress_counter(description, total=total, unit="image") as bar,
     ):
-        for images, label, row in loader:
-            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        for views, label, row in loader:
+            views = views.to(device, non_blocking=True)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                batch_nodes, batch_pooled = extractor.with_global(images)
+                batch_nodes, batch_pooled = extractor.with_global(views)
             _check_batch(batch_nodes, row)
             nodes.append(batch_nodes.float().cpu())
             pooled.append(batch_pooled.float().cpu())
             labels.append(torch.as_tensor(label))
             rows.append(torch.as_tensor(row))
-            bar.update(len(images))
+            bar.update(len(views))
     if not nodes:
         raise ValueError("dataset: expected at least one image, got none")
     # Cloned, because inference-mode tensors cannot take part in training later.

@@ -1,92 +1,83 @@
-"""Extractors: images to sets of local features, and the linear embedder behind them."""
+"""Choosing an extractor by name: FCN, Grid or Sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import Tensor, nn
-
+from emd_retrieval._checks import check_choice
 from emd_retrieval.features.backbones import Backbone
-from emd_retrieval.features.pyramid import check_pyramid, pyramid_boxes, pyramid_pool
+from emd_retrieval.features.extractor import Extractor
+from emd_retrieval.features.fcn import FCNExtractor
+from emd_retrieval.features.grid import GridExtractor
+from emd_retrieval.features.sampling import SamplingExtractor
+from emd_retrieval.features.transforms import Span
+
+EXTRACTORS = ("fcn", "grid", "sampling")
 
 
-class FCNExtractor(nn.Module):
-    """DeepEMD-FCN: the cells of a pooled feature map are the nodes (Section 4.2).
-
-    The embedder is linear, so it commutes with the averages of the pyramid: it is applied to the
-    pooled nodes, which are fewer than the cells of the map.
+def build_extractor(
+    name: str,
+    backbone: Backbone,
+    *,
+    pyramid: Sequence[int] = (3, 2, 1),
+    include_map: bool = False,
+    grid: Sequence[int] = (3, 2),
+    patches: int = 25,
+    patch_size: int | None = None,
+    context: float = 2.0,
+    training_context: Span | None = None,
+    scale: Span = (0.08, 1.0),
+    ratio: Span = (3 / 4, 4 / 3),
+    embedding_size: int | None = None,
+) -> Extractor:
+    """Build an extractor by name; it takes what concerns it.
 
     Args:
+        name: One of :data:`EXTRACTORS`.
         backbone: A dense feature extractor.
-        pyramid: Levels of the feature pyramid; the paper's retrieval setting is ``(3, 2, 1)``.
-        include_map: Append the cells of the map itself.
-        embedding_size: Channels of the linear embedder (the paper's retrieval setting is 128);
-            ``None`` for the backbone's own features.
+        pyramid: FCN: levels of the feature pyramid.
+        include_map: FCN: append the cells of the map itself.
+        grid: Grid: levels of the image pyramid.
+        patches: Sampling: patches an image.
+        patch_size: Grid and Sampling: side of a patch, in pixels.
+        context: Grid: how far a cell is enlarged for evaluation.
+        training_context: Grid: the range of it in training.
+        scale: Sampling: area of a patch, as shares of the image.
+        ratio: Sampling: width over height of a patch.
+        embedding_size: All: channels of the linear embedder, ``None`` for the backbone's own.
 
-    Shape:
-        ``[B, 3, h, w]`` to ``[B, N, D]``.
+    Raises:
+        ValueError: If the name is unknown, or a setting of that extractor is out of range.
     """
+    check_choice("extractor", name, EXTRACTORS)
+    if name == "fcn":
+        return FCNExtractor(
+            backbone, pyramid=pyramid, include_map=include_map, embedding_size=embedding_size
+        )
+    if name == "grid":
+        return GridExtractor(
+            backbone,
+            grid=grid,
+            patch_size=patch_size,
+            context=context,
+            training_context=training_context,
+            embedding_size=embedding_size,
+        )
+    return SamplingExtractor(
+        backbone,
+        patches=patches,
+        patch_size=patch_size,
+        scale=scale,
+        ratio=ratio,
+        embedding_size=embedding_size,
+    )
 
-    name = "fcn"
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        pyramid: Sequence[int] = (3, 2, 1),
-        include_map: bool = False,
-        embedding_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.pyramid = check_pyramid(pyramid, include_map)
-        self.include_map = include_map
-        self.embedder: nn.Module = nn.Identity()
-        self.channels = backbone.channels
-        if embedding_size is not None:
-            if embedding_size < 1:
-                raise ValueError(f"embedding_size: expected 1 or more, got {embedding_size}")
-            self.embedder = nn.Linear(backbone.channels, embedding_size)
-            self.channels = embedding_size
-
-    @property
-    def global_node(self) -> int | None:
-        """Index of the 1x1 node, which is the pooled feature; ``None`` if the pyramid has none."""
-        if 1 not in self.pyramid:
-            return None
-        return sum(size * size for size in self.pyramid[: self.pyramid.index(1)])
-
-    def node_boxes(self) -> Tensor | None:
-        """Where the nodes lie, as shares of the image; ``None`` where that is not fixed.
-
-        Shape:
-            ``[N, 4]``: left, top, right, bottom.
-        """
-        return None if self.include_map else pyramid_boxes(self.pyramid)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Local features of normalised images. Shape: ``[B, 3, h, w] -> [B, N, D]``."""
-        return self.with_global(images)[0]
-
-    def with_global(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Local features and the pooled global vector, from one pass through the backbone.
-
-        Shape:
-            ``[B, 3, h, w]`` to ``[B, N, D]`` and ``[B, D]``.
-        """
-        feature_map = self.backbone(images)
-        nodes = self.embedder(pyramid_pool(feature_map, self.pyramid, include_map=self.include_map))
-        if self.global_node is not None:
-            return nodes, nodes[:, self.global_node]
-        return nodes, self.embedder(feature_map.mean(dim=(2, 3)))
-
-    def describe(self) -> dict[str, Any]:
-        """The settings, for a result record."""
-        return {
-            "extractor": self.name,
-            **self.backbone.describe(),
-            "pyramid": list(self.pyramid),
-            "include_map": self.include_map,
-            "embedding_size": None if isinstance(self.embedder, nn.Identity) else self.channels,
-        }
+__all__ = [
+    "EXTRACTORS",
+    "Extractor",
+    "FCNExtractor",
+    "GridExtractor",
+    "SamplingExtractor",
+    "build_extractor",
+]

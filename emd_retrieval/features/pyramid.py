@@ -11,13 +11,16 @@ from torch import Tensor
 from emd_retrieval._checks import check_tensor
 
 
-def check_pyramid(sizes: Sequence[int], include_map: bool) -> tuple[int, ...]:
+def check_pyramid(
+    sizes: Sequence[int], include_map: bool, *, name: str = "pyramid"
+) -> tuple[int, ...]:
     """Return ``sizes`` as a tuple; raise ``ValueError`` if they describe no nodes."""
     levels = tuple(sizes)
     if any(not isinstance(size, int) or size < 1 for size in levels):
-        raise ValueError(f"pyramid: expected positive whole numbers, got {list(levels)}")
+        raise ValueError(f"{name}: expected positive whole numbers, got {list(levels)}")
     if not levels and not include_map:
-        raise ValueError("pyramid: expected at least one level, or include_map=True, got neither")
+        way_out = ", or include_map=True, got neither" if name == "pyramid" else ", got none"
+        raise ValueError(f"{name}: expected at least one level{way_out}")
     return levels
 
 

@@ -5,8 +5,7 @@ Ground cost, node weights and solver meet here; models, files and indexes are un
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emd_retrieval._checks import check_finite, check_positive, check_tensor
+from emd_retrieval._checks import check_choice, check_finite, check_positive, check_tensor
+from emd_retrieval.matching.clusters import METHODS, check_cluster_settings, cluster_nodes
 from emd_retrieval.matching.ground_costs import GroundCost, ground_cost
 from emd_retrieval.matching.node_weights import NodeWeights, WeighedNodes, node_weights
+from emd_retrieval.matching.pairs import (
+    Block,
+    PairPlans,
+    PairProblems,
+    pair_similarities,
+    rectangles,
+    solve_pairs,
+    upper_half,
+)
 from emd_retrieval.progress import progress_counter
 from emd_retrieval.transport import emd, solve
 from emd_retrieval.transport.problem import InvalidProblemError
-from emd_retrieval.transport.solve import check_solver
+from emd_retrieval.transport.solve import SOLVERS, check_solver
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +57,24 @@ class PreparedSets:
     """Sets with everything that a match needs of each set alone; see :meth:`EMDMatcher.prepare`.
 
     Attributes:
-        ground: Nodes as the ground cost wants them. Shape: ``[B, N, D]``.
-        weighed: Raw nodes with their means and scales.
+        nodes: Raw local features, as they were passed. Shape: ``[B, N, D]``.
+        ground: Nodes as the ground cost wants them. Shape: ``[B, K, E]``.
+        weighed: Raw nodes with their means and scales. Shape of the nodes: ``[B, K, D]``; K is N,
+            or the number of clusters where these are what is matched.
     """
 
+    nodes: Tensor
     ground: Tensor
     weighed: WeighedNodes
 
     def __len__(self) -> int:
         return len(self.ground)
 
-    @property
-    def nodes(self) -> Tensor:
-        """Raw local features. Shape: ``[B, N, D]``."""
-        return self.weighed.nodes
-
     def at(self, rows: Tensor | slice) -> PreparedSets:
         """The sets at some rows: a slice, or an index of any shape."""
-        return PreparedSets(self.ground[rows], self.weighed.at(rows))
+        weighed = self.weighed.at(rows)
+        nodes = weighed.nodes if self.nodes is self.weighed.nodes else self.nodes[rows]
+        return PreparedSets(nodes, self.ground[rows], weighed)
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,19 @@ class EMDMatcher:
     on the two sides.
 
     Args:
-        ground_cost: ``"cosine"`` (Equation 2) or ``"centered_cosine"`` (the reference code).
-        weights: ``"cross_reference"`` (Equation 11) or ``"uniform"``.
+        ground_cost: ``"cosine"`` (Equation 2), ``"centered_cosine"`` (the reference code) or
+            ``"snr"``, see :func:`ground_cost`.
+        weights: ``"cross_reference"`` (Equation 11), ``"uniform"``, or ``"k_means"`` and
+            ``"mean_shift"``, which match the clusters of a set's nodes, weighed by their sizes.
         weight_floor: Added to every cross-reference weight.
         weight_floor_scale: ``"relative"`` to the features' scale, or ``"absolute"``.
+        weight_gradient: Let gradients reach the weights, exactly; the reference code's OpenCV path
+            detaches them.
+        clusters: The budget of :func:`cluster_nodes`.
+        bandwidth: The radius of :func:`cluster_nodes`.
+        coupling: ``"transport"``, or ``"dense"``, the EMD-free connections of Table 2: every node
+            is matched with every node, by the product of their weights. Uniform weights then give
+            the average of all cosines, cross-reference weights a weighted one.
         solver: A solver of :func:`emd_retrieval.transport.solve`.
         memory_mb: Rough bound on the temporary memory of one chunk of pairs, in MiB. Small chunks
             stay in the caches; where gradients are asked for, what they need is kept on top.
@@ -102,11 +120,17 @@ class EMDMatcher:
     weights: str = "cross_reference"
     weight_floor: float = 1e-3
     weight_floor_scale: str = "relative"
+    weight_gradient: bool = True
+    clusters: int = 8
+    bandwidth: float | None = None
+    coupling: str = "transport"
     solver: str = "simplex"
     memory_mb: float = 32.0
 
     def __post_init__(self) -> None:
         check_positive("memory_mb", self.memory_mb)
+        check_choice("coupling", self.coupling, ["transport", "dense"])
+        check_cluster_settings(self.clusters, self.bandwidth)
         # Built now, so that a bad name fails where it was written.
         _ = self._ground_cost, self._node_weights
         check_solver(self.solver, {})
@@ -133,6 +157,10 @@ class EMDMatcher:
             "weights": self.weights,
             "weight_floor": self.weight_floor,
             "weight_floor_scale": self.weight_floor_scale,
+            "weight_gradient": self.weight_gradient,
+            "clusters": self.clusters,
+            "bandwidth": self.bandwidth,
+            "coupling": self.coupling,
             "solver": self.solver,
         }
 
@@ -171,7 +199,7 @@ class EMDMatcher:
         with _solving(query, reference):
             return self._solve(
                 self._ground_cost.between(left.ground, right.ground),
-                *self._node_weights.paired(left.weighed, right.weighed),
+                self._node_weights.paired(left.weighed, right.weighed),
             )
 
     def match(self, query: Tensor, reference: Tensor) -> SetMatch:
@@ -180,6 +208,9 @@ class EMDMatcher:
             left, right = self._prepare_pair(query, reference)
             supply, demand = self._node_weights.paired(left.weighed, right.weighed)
             cost = self._ground_cost.between(left.ground, right.ground)
+            if self.coupling == "dense":
+                flow = supply.unsqueeze(-1) * demand.unsqueeze(-2)
+                return SetMatch(1 - (flow * cost).sum((-2, -1)), cost, supply, demand, flow)
             plan = solve(cost, supply, demand, solver=self.solver)
             assert plan.flow is not None  # noqa: S101 (solve keeps the flow unless told not to)
             return SetMatch(1 - plan.value, cost, supply, demand, plan.flow)
@@ -190,6 +221,7 @@ class EMDMatcher:
         reference: Tensor | PreparedSets | None = None,
         *,
         description: str | None = None,
+        plans: PairPlans | None = None,
     ) -> Tensor:
         """Similarity of every query set with every reference set.
 
@@ -200,6 +232,9 @@ class EMDMatcher:
             query: Shape: ``[Q, N, D]``.
             reference: Shape: ``[R, M, D]``.
             description: Shows a progress bar under this name.
+            plans: An empty one is filled with everything that gradients need; a filled one saves
+                the solving where sets and settings are the very same. Without an exact coupling
+                there is nothing to keep, and it stays empty.
 
         Returns:
             Similarities. Shape: ``[Q, R]``.
@@ -210,10 +245,18 @@ class EMDMatcher:
         """
         among_themselves = reference is None or reference is query
         left, right = self._both(query, query if reference is None else reference)
-        with _solving(left.nodes, right.nodes):
-            if among_themselves and self.symmetric:
-                return self._all_pairs_symmetric(left, description)
-            return self._all_pairs(left, right, description)
+        symmetric = among_themselves and self.symmetric
+        pairs = self._pairs_at_once(left, right)
+        Q, R = len(left), len(right)
+        blocks = list(upper_half(Q, pairs) if symmetric else rectangles(Q, R, pairs))
+        total = sum(block.count for block in blocks)
+        with (
+            _solving(left.nodes, right.nodes),
+            progress_counter(description, total=total, unit="pair") as bar,
+        ):
+            if self._keeps_plans:
+                return self._exact_pairs(left, right, symmetric, pairs, bar.update, plans)
+            return self._composed_pairs(left, right, symmetric, pairs, bar.update)
 
     def shortlist(
         self,
@@ -242,7 +285,7 @@ class EMDMatcher:
         left, right = self._both(query, reference)
         _check_candidates(candidates, len(left), len(right))
         count = candidates.shape[1]
-        gathered = 2 * right.nodes.shape[1] * right.nodes.shape[2]
+        gathered = 2 * right.ground.shape[1] * right.ground.shape[2]
         chunk = max(1, self._pairs_at_once(left, right, gathered) // max(1, count))
         rows = []
         with (
@@ -253,14 +296,26 @@ class EMDMatcher:
                 part = left.at(slice(start, start + chunk))
                 chosen = right.at(candidates[start : start + chunk])
                 weights = self._node_weights.shortlist(part.weighed, chosen.weighed)
-                rows.append(self._solve(_rows(self._ground_cost, part, chosen), *weights))
+                rows.append(self._solve(_rows(self._ground_cost, part, chosen), weights))
                 bar.update(len(part) * count)
         return torch.cat(rows) if rows else left.nodes.new_zeros(0, count)
 
     def _prepare(self, sets: Tensor) -> PreparedSets:
         with torch.autocast(sets.device.type, enabled=False):
-            nodes = sets.to(torch.promote_types(sets.dtype, torch.float32))
-            return PreparedSets(self._ground_cost.prepare(nodes), WeighedNodes.of(nodes))
+            # Proxies come as columns of a parameter.
+            nodes = sets.to(torch.promote_types(sets.dtype, torch.float32)).contiguous()
+            if self.weights in METHODS:
+                matched, weights, _ = cluster_nodes(
+                    nodes.flatten(0, -3),
+                    self.weights,
+                    clusters=self.clusters,
+                    bandwidth=self.bandwidth,
+                )
+                matched = matched.view(*nodes.shape[:-2], *matched.shape[1:])
+                weighed = WeighedNodes.of(matched, weights.view(matched.shape[:-1]))
+            else:
+                weighed = WeighedNodes.of(nodes)
+            return PreparedSets(nodes, self._ground_cost.prepare(weighed.nodes), weighed)
 
     def _prepare_pair(self, query: Tensor, reference: Tensor) -> tuple[PreparedSets, PreparedSets]:
         _check_sets("query", query, "...")
@@ -289,83 +344,95 @@ class EMDMatcher:
         _check_sets("reference", reference, "R", left.nodes.shape[-1])
         return left, self._prepare(reference)
 
-    def _solve(self, cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
+    def _solve(self, cost: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+        supply, demand = weights
+        if not self.weight_gradient:
+            supply, demand = supply.detach(), demand.detach()
+        if self.coupling == "dense":
+            value = ((cost @ demand.unsqueeze(-1)).squeeze(-1) * supply).sum(dim=-1)
+            sound = torch.isfinite(value)
+            if not bool(sound.all()):
+                first = int(torch.nonzero(~sound.flatten())[0])
+                raise InvalidProblemError(
+                    "cost, weights: expected finite values", first, value.shape
+                )
+            return 1 - value
         return 1 - emd(cost, supply, demand, solver=self.solver)
 
-    def _all_pairs(
-        self, query: PreparedSets, reference: PreparedSets, description: str | None
+    @property
+    def _keeps_plans(self) -> bool:
+        """Whether a solver's plan is all that a gradient needs."""
+        solver = SOLVERS[self.solver]
+        return self.coupling == "transport" and solver.has_potentials and not solver.differentiable
+
+    def _exact_pairs(
+        self,
+        query: PreparedSets,
+        reference: PreparedSets,
+        symmetric: bool,
+        pairs: int,
+        advance: Callable[[int], object],
+        plans: PairPlans | None,
     ) -> Tensor:
+        """All pairs from plans."""
+        left, right = self._ground_cost.query_side(query.ground), reference.ground
+        kept = plans is not None
+        if not kept and not (
+            torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+        ):
+
+            def of_block(block: Block) -> tuple[Tensor, Tensor]:
+                rows, cols = query.weighed.at(block.rows), reference.weighed.at(block.cols)
+                return self._node_weights.all_pairs(rows, cols)
+
+            problems = PairProblems(of_block, self.solver, symmetric, pairs, advance)
+            similarity = solve_pairs(left, right, problems).similarity
+            assert similarity is not None  # noqa: S101 (it has just been solved)
+            return similarity
+        supply, demand = self._node_weights.all_pairs(query.weighed, reference.weighed)
+        learn = self.weight_gradient and self.weights == "cross_reference"
+        if not learn:
+            supply, demand = supply.detach(), demand.detach()
+
+        def of_all(block: Block) -> tuple[Tensor, Tensor]:
+            return supply.detach()[block.rows, block.cols], demand.detach()[block.rows, block.cols]
+
+        problems = PairProblems(of_all, self.solver, symmetric, pairs, advance)
+        if plans is not None and not plans.filled:
+            plans.fill(solve_pairs(left, right, problems, need_flow=True, need_potentials=learn))
+        return pair_similarities(left, right, supply, demand, problems, plans)
+
+    def _composed_pairs(
+        self,
+        query: PreparedSets,
+        reference: PreparedSets,
+        symmetric: bool,
+        pairs: int,
+        advance: Callable[[int], object],
+    ) -> Tensor:
+        """All pairs by plain autograd."""
+        Q, R = len(query), len(reference)
         rows: dict[int, list[Tensor]] = {}
-        total = len(query) * len(reference)
-        with progress_counter(description, total=total, unit="pair") as bar:
-            for at, to in self._blocks(query, reference):
-                block = self._block(query.at(at), reference.at(to))
-                rows.setdefault(at.start, []).append(block)
-                bar.update(block.numel())
+        for block in upper_half(Q, pairs) if symmetric else rectangles(Q, R, pairs):
+            part, other = query.at(block.rows), reference.at(block.cols)
+            weights = self._node_weights.all_pairs(part.weighed, other.weighed)
+            similarity = self._solve(_grid(self._ground_cost, part, other), weights)
+            start = block.rows.start
+            left_of = [similarity.new_zeros(len(part), start)] if symmetric else []
+            rows.setdefault(start, left_of).append(similarity)
+            advance(block.count)
         if not rows:
-            return query.nodes.new_zeros(len(query), len(reference))
-        return torch.cat([torch.cat(row, dim=1) for row in rows.values()])
-
-    def _block(self, query: PreparedSets, reference: PreparedSets) -> Tensor:
-        """A rectangle of the grid. Shape: ``[q, r]``."""
-        weights = self._node_weights.all_pairs(query.weighed, reference.weighed)
-        return self._solve(_grid(self._ground_cost, query, reference), *weights)
-
-    def _all_pairs_symmetric(self, sets: PreparedSets, description: str | None) -> Tensor:
-        """Squares along the diagonal by their upper triangles, rectangles beside them whole."""
-        size, rows = len(sets), []
-        with progress_counter(description, total=size * (size + 1) // 2, unit="pair") as bar:
-            for start, stop, rest in self._strips(sets):
-                strip = sets.at(slice(start, stop))
-                parts = [sets.nodes.new_zeros(stop - start, start), self._triangle(strip)]
-                for to in rest:
-                    parts.append(self._block(strip, sets.at(to)))
-                    bar.update(parts[-1].numel())
-                rows.append(torch.cat(parts, dim=1))
-                bar.update((stop - start) * (stop - start + 1) // 2)
-        if not rows:
-            return sets.nodes.new_zeros(size, size)
-        upper = torch.cat(rows)
-        return upper + upper.triu(1).mT
-
-    def _triangle(self, sets: PreparedSets) -> Tensor:
-        """A square on the diagonal, zero below it. Shape: ``[q, q]``."""
-        size = len(sets)
-        first, second = torch.triu_indices(size, size, device=sets.nodes.device)
-        cost = _grid(self._ground_cost, sets, sets)[first, second]
-        supply, demand = self._node_weights.all_pairs(sets.weighed, sets.weighed)
-        values = self._solve(cost, supply[first, second], demand[first, second])
-        square = values.new_zeros(size * size).index_copy(0, first * size + second, values)
-        return square.view(size, size)
+            return query.nodes.new_zeros(Q, R)
+        full = torch.cat([torch.cat(row, dim=1) for row in rows.values()])
+        return full.triu() + full.triu(1).mT if symmetric else full
 
     def _pairs_at_once(
         self, query: PreparedSets, reference: PreparedSets, gathered: int = 0
     ) -> int:
         """How many pairs fit into the bound; ``gathered`` counts elements copied for each."""
-        costs = 2 * query.nodes.shape[1] * reference.nodes.shape[1]
+        costs = 2 * query.ground.shape[1] * reference.ground.shape[1]
         a_pair = query.nodes.element_size() * (costs + gathered)
         return max(1, int(self.memory_mb * 2**20 / a_pair))
-
-    def _blocks(
-        self, query: PreparedSets, reference: PreparedSets
-    ) -> Iterator[tuple[slice, slice]]:
-        """Cut the grid of pairs into rectangles, as wide as the bound allows, row after row."""
-        pairs, size = self._pairs_at_once(query, reference), len(reference)
-        width = min(max(size, 1), pairs)
-        height = max(1, pairs // width)
-        for start in range(0, len(query), height):
-            for left in range(0, size, width):
-                yield slice(start, min(start + height, len(query))), slice(left, left + width)
-
-    def _strips(self, sets: PreparedSets) -> Iterator[tuple[int, int, list[slice]]]:
-        """Cut the upper half into strips: a square on the diagonal, then rectangles."""
-        pairs, size, start = self._pairs_at_once(sets, sets), len(sets), 0
-        while start < size:
-            height = max(1, min(math.isqrt(pairs), pairs // (size - start)))
-            stop = min(size, start + height)
-            width = max(1, pairs // (stop - start))
-            yield start, stop, [slice(left, left + width) for left in range(stop, size, width)]
-            start = stop
 
 
 def _grid(ground: GroundCost, query: PreparedSets, reference: PreparedSets) -> Tensor:
@@ -392,9 +459,17 @@ def _solving(query: Tensor, reference: Tensor) -> Iterator[None]:
     with torch.autocast(device_type=query.device.type, enabled=False):
         try:
             yield
-        except InvalidProblemError:
-            check_finite("query", query)
-            check_finite("reference", reference)
+        except InvalidProblemError as error:
+            for name, sets in (("query", query), ("reference", reference)):
+                check_finite(name, sets)
+            largest = max(float(sets.detach().abs().max()) for sets in (query, reference))
+            # Costs and weights take products of two features, summed over channels and nodes.
+            if largest**2 * query.shape[-1] * query.shape[-2] > torch.finfo(query.dtype).max / 1e6:
+                raise ValueError(
+                    f"query, reference: expected features whose products {query.dtype} holds, got "
+                    f"some of {largest:.3g}; divide them by a constant (similarities stay as they "
+                    "are) or pass float64"
+                ) from error
             raise
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emd_retrieval._checks import check_choice, check_positive, check_tensor
+from emd_retrieval.matching.clusters import METHODS
 
 
 def normalize_weights(weights: Tensor, total: float = 1.0) -> Tensor:
@@ -33,22 +34,26 @@ class WeighedNodes(NamedTuple):
         nodes: Raw local features. Shape: ``[..., N, D]``.
         mean: Their mean. Shape: ``[..., D]``.
         scale: Root mean square of their norms. Shape: ``[...]``.
+        weights: Weights that the sets bring along, clusters' sizes for instance; they sum to one.
+            Shape: ``[..., N]``.
     """
 
     nodes: Tensor
     mean: Tensor
     scale: Tensor
+    weights: Tensor | None = None
 
     @classmethod
-    def of(cls, nodes: Tensor) -> WeighedNodes:
+    def of(cls, nodes: Tensor, weights: Tensor | None = None) -> WeighedNodes:
         """Measure sets. Shape: ``[..., N, D]``."""
-        squares = nodes.square().sum(dim=-1).mean(dim=-1)
+        squares = torch.linalg.vector_norm(nodes, dim=-1).square().mean(dim=-1)
         scale = squares.clamp_min(torch.finfo(nodes.dtype).tiny).sqrt()
-        return cls(nodes, nodes.mean(dim=-2), scale)
+        return cls(nodes, nodes.mean(dim=-2), scale, weights)
 
     def at(self, rows: Tensor | slice) -> WeighedNodes:
         """The sets at some rows."""
-        return WeighedNodes(self.nodes[rows], self.mean[rows], self.scale[rows])
+        weights = None if self.weights is None else self.weights[rows]
+        return WeighedNodes(self.nodes[rows], self.mean[rows], self.scale[rows], weights)
 
 
 class NodeWeights(Protocol):
@@ -96,9 +101,11 @@ class CrossReferenceWeights:
 
     def all_pairs(self, query: WeighedNodes, reference: WeighedNodes) -> tuple[Tensor, Tensor]:
         """Weights of every pair. Shape: ``[Q, N, D], [R, M, D] -> [Q, R, N], [Q, R, M]``."""
-        supply = (query.nodes @ reference.mean.mT).transpose(1, 2)
-        demand = (reference.nodes @ query.mean.mT).permute(2, 0, 1)
-        return self._weights(supply, demand, torch.outer(query.scale, reference.scale))
+        scale = torch.outer(query.scale, reference.scale)
+        supply = self._side((query.nodes @ reference.mean.mT).transpose(1, 2), scale)
+        if reference is query:
+            return supply, supply.transpose(0, 1)
+        return supply, self._side((reference.nodes @ query.mean.mT).permute(2, 0, 1), scale)
 
     def shortlist(self, query: WeighedNodes, chosen: WeighedNodes) -> tuple[Tensor, Tensor]:
         """Weights of each query against its own candidates.
@@ -112,14 +119,14 @@ class CrossReferenceWeights:
         return self._weights(supply, demand.view(q, c, m), query.scale.unsqueeze(1) * chosen.scale)
 
     def _weights(self, supply: Tensor, demand: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return self._side(supply, scale), self._side(demand, scale)
+
+    def _side(self, relevance: Tensor, scale: Tensor) -> Tensor:
         """Relevance scores to weights; ``scale`` is the product of both sides' scales."""
         floor: Tensor | float = self.floor
         if self.floor_scale == "relative":
             floor = (self.floor * scale).unsqueeze(-1)
-        return (
-            normalize_weights(supply.relu() + floor),
-            normalize_weights(demand.relu() + floor),
-        )
+        return normalize_weights(relevance.relu() + floor)
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,28 @@ class UniformWeights:
         """Weights of each query against its candidates. Shape: ``[Q, C, N], [Q, C, M]``."""
         (q, n, _), (c, m) = query.nodes.shape, chosen.nodes.shape[1:3]
         return _equal((q, c, n), query), _equal((q, c, m), query)
+
+
+@dataclass(frozen=True)
+class OwnWeights:
+    """Weights that the sets bring along (:attr:`WeighedNodes.weights`): the sizes of clusters."""
+
+    def paired(self, query: WeighedNodes, reference: WeighedNodes) -> tuple[Tensor, Tensor]:
+        """Weights of matching sets. Shape: ``[..., N, D], [..., M, D] -> [..., N], [..., M]``."""
+        return _own(query), _own(reference)
+
+    def all_pairs(self, query: WeighedNodes, reference: WeighedNodes) -> tuple[Tensor, Tensor]:
+        """Weights of every pair. Shape: ``[Q, N, D], [R, M, D] -> [Q, R, N], [Q, R, M]``."""
+        supply, demand = _own(query), _own(reference)
+        return (
+            supply.unsqueeze(1).expand(-1, len(demand), -1),
+            demand.unsqueeze(0).expand(len(supply), -1, -1),
+        )
+
+    def shortlist(self, query: WeighedNodes, chosen: WeighedNodes) -> tuple[Tensor, Tensor]:
+        """Weights of each query against its candidates. Shape: ``[Q, C, N], [Q, C, M]``."""
+        demand = _own(chosen)
+        return _own(query).unsqueeze(1).expand(-1, demand.shape[1], -1), demand
 
 
 def cross_reference_weights(
@@ -171,15 +200,25 @@ def cross_reference_weights(
 
 
 def node_weights(name: str, *, floor: float = 1e-3, floor_scale: str = "relative") -> NodeWeights:
-    """Look node weights up by name: ``cross_reference`` or ``uniform``.
+    """Look node weights up by name.
+
+    ``cross_reference``, ``uniform``, or a method of :func:`cluster_nodes`, whose clusters' sizes
+    are the weights.
 
     Raises:
         ValueError: If there are no such weights, or the floor is negative.
     """
-    check_choice("weights", name, ["cross_reference", "uniform"])
+    check_choice("weights", name, ["cross_reference", "uniform", *METHODS])
     if name == "uniform":
         return UniformWeights()
+    if name in METHODS:
+        return OwnWeights()
     return CrossReferenceWeights(floor, floor_scale)
+
+
+def _own(sets: WeighedNodes) -> Tensor:
+    assert sets.weights is not None  # noqa: S101 (the matcher prepares clusters with their weights)
+    return sets.weights
 
 
 def _equal(shape: Sequence[int], like: WeighedNodes) -> Tensor:

@@ -1,5 +1,27 @@
 """DeepEMD inside pytorch-metric-learning."""
 
-from emd_retrieval.metric_learning.deepemd import DeepEMDDistance, DeepEMDSimilarity
+from emd_retrieval.metric_learning.deepemd import (
+    DeepEMDDistance,
+    DeepEMDSimilarity,
+    DeepEMDSNRDistance,
+)
+from emd_retrieval.metric_learning.losses import (
+    LOSSES,
+    MINERS,
+    LossSettings,
+    MetricLoss,
+    build_loss,
+    loss_parameters,
+)
 
-__all__ = ["DeepEMDDistance", "DeepEMDSimilarity"]
+__all__ = [
+    "LOSSES",
+    "MINERS",
+    "DeepEMDDistance",
+    "DeepEMDSNRDistance",
+    "DeepEMDSimilarity",
+    "LossSettings",
+    "MetricLoss",
+    "build_loss",
+    "loss_parameters",
+]

@@ -29,13 +29,16 @@ class MatchPicture:
     Attributes:
         query: Shape: ``[h, w, 3]``, uint8.
         reference: Shape: ``[h, w, 3]``, uint8.
-        boxes: Left, top, right, bottom of each node as shares of the image. Shape: ``[N, 4]``.
+        boxes: Left, top, right, bottom of each query node, as shares of the image. Shape:
+            ``[N, 4]``.
         query_weights: Sum to one. Shape: ``[N]``.
-        reference_weights: Sum to one. Shape: ``[N]``.
-        flow: Sums to one. Shape: ``[N, N]``.
-        cost: Ground costs. Shape: ``[N, N]``.
+        reference_weights: Sum to one. Shape: ``[M]``.
+        flow: Sums to one. Shape: ``[N, M]``.
+        cost: Ground costs. Shape: ``[N, M]``.
         similarity: Of the whole match.
         title: What the two images are.
+        reference_boxes: The same of the reference's nodes; ``boxes`` by default. Shape:
+            ``[M, 4]``.
     """
 
     query: Image
@@ -47,6 +50,7 @@ class MatchPicture:
     cost: Float
     similarity: float
     title: str
+    reference_boxes: Float | None = None
 
 
 # Dollar signs in the name of a class or folder are no formula.
@@ -74,24 +78,33 @@ def match_figure(matches: Sequence[MatchPicture], *, pairs: int = 4) -> Figure:
     return figure
 
 
-def largest_flows(flow: Float, boxes: Float, count: int) -> list[tuple[int, int]]:
-    """The largest flows between parts that do not overlap a part drawn before.
+def largest_flows(
+    flow: Float, boxes: Float, count: int, reference_boxes: Float | None = None
+) -> list[tuple[int, int]]:
+    """The largest flows between parts that are not mostly a part drawn before.
 
-    The node of the whole image says nothing about parts and is left out.
+    A node of the whole image says nothing about parts and is left out.
+
+    Args:
+        flow: Shape: ``[N, M]``.
+        boxes: Of the query's nodes. Shape: ``[N, 4]``.
+        count: At most so many.
+        reference_boxes: Of the reference's nodes; ``boxes`` by default. Shape: ``[M, 4]``.
 
     Returns:
         Pairs of nodes, the largest flow first.
     """
-    whole = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) > 0.99
+    others = boxes if reference_boxes is None else reference_boxes
+    whole, other_whole = _area(boxes) > 0.99, _area(others) > 0.99
     order = np.argsort(-flow, axis=None, kind="stable")
     chosen: list[tuple[int, int]] = []
     for place in order:
         i, j = divmod(int(place), flow.shape[1])
         if len(chosen) == count or flow[i, j] <= 0:
             break
-        if whole[i] or whole[j]:
+        if whole[i] or other_whole[j]:
             continue
-        if any(_overlap(boxes[i], boxes[a]) or _overlap(boxes[j], boxes[b]) for a, b in chosen):
+        if any(_same(boxes[i], boxes[a]) or _same(others[j], others[b]) for a, b in chosen):
             continue
         chosen.append((i, j))
     return chosen
@@ -100,16 +113,17 @@ def largest_flows(flow: Float, boxes: Float, count: int) -> list[tuple[int, int]
 def _draw(
     figure: Figure, left: Any, right: Any, text: Any, match: MatchPicture, pairs: int
 ) -> None:
+    others = match.boxes if match.reference_boxes is None else match.reference_boxes
     left.imshow(_lit(match.query, match.boxes, match.query_weights))
-    right.imshow(_lit(match.reference, match.boxes, match.reference_weights))
+    right.imshow(_lit(match.reference, others, match.reference_weights))
     for axes in (left, right, text):
         axes.set_axis_off()
     left.set_title(match.title, fontsize=7.5, loc="left", pad=4)
     lines = [f"similarity {match.similarity:.3f}", ""]
-    for number, (i, j) in enumerate(largest_flows(match.flow, match.boxes, pairs)):
+    for number, (i, j) in enumerate(largest_flows(match.flow, match.boxes, pairs, others)):
         color = _COLORS[number % len(_COLORS)]
         start = _mark(left, match.query, match.boxes[i], number + 1, color)
-        end = _mark(right, match.reference, match.boxes[j], number + 1, color)
+        end = _mark(right, match.reference, others[j], number + 1, color)
         # From the near edge of one box to the near edge of the other, so that parts stay visible.
         ends = (start[1], start[2]), (end[0], end[2])
         line = ConnectionPatch(*ends, left.transData, right.transData, color=color, alpha=0.85)
@@ -150,8 +164,14 @@ def _lit(image: Image, boxes: Float, weights: Float) -> Image:
     return pixels
 
 
-def _overlap(a: Float, b: Float) -> bool:
-    """Whether two boxes share more than an edge."""
-    return bool(
-        min(a[2], b[2]) - max(a[0], b[0]) > 1e-6 and min(a[3], b[3]) - max(a[1], b[1]) > 1e-6
-    )
+def _area(boxes: Float) -> Float:
+    areas: Float = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    return areas
+
+
+def _same(a: Float, b: Float) -> bool:
+    """Whether two boxes show much the same: intersection over union above a third."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    shared = width * height
+    return bool(shared > (_area(a) + _area(b) - shared) / 3)

@@ -1,6 +1,7 @@
-"""Shortlist, re-ranking, nearest neighbours and the three retrieval metrics."""
+"""Feature store, shortlist, re-ranking, nearest neighbours and the three retrieval metrics."""
 
 from emd_retrieval.retrieval.bootstrap import Interval, bootstrap_interval
+from emd_retrieval.retrieval.candidates import Candidates
 from emd_retrieval.retrieval.evaluation import (
     Evaluation,
     compare_rankings,
@@ -17,15 +18,43 @@ from emd_retrieval.retrieval.metrics import (
     score_ranking,
 )
 from emd_retrieval.retrieval.ranking import Ranking, rank_by
+from emd_retrieval.retrieval.reranker import EMDReranker, Reranking
 from emd_retrieval.retrieval.shortlist import FaissShortlist
+from emd_retrieval.retrieval.shortlists import (
+    CandidateTable,
+    FaissIndexShortlist,
+    QdrantShortlist,
+    Shortlist,
+)
+from emd_retrieval.retrieval.store import (
+    EncodedSets,
+    LocalFeatureStore,
+    StoreDamagedError,
+    StoreLockedError,
+    StoreManifest,
+    StoreWriter,
+)
 
 __all__ = [
     "EMDKNN",
+    "CandidateTable",
+    "Candidates",
+    "EMDReranker",
+    "EncodedSets",
     "Evaluation",
+    "FaissIndexShortlist",
     "FaissShortlist",
     "Interval",
+    "LocalFeatureStore",
+    "QdrantShortlist",
     "Ranking",
+    "Reranking",
     "RetrievalScores",
+    "Shortlist",
+    "StoreDamagedError",
+    "StoreLockedError",
+    "StoreManifest",
+    "StoreWriter",
     "bootstrap_interval",
     "compare_rankings",
     "evaluate_sets",

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from emd_retrieval._checks import check_finite, check_positive, check_tensor
 from emd_retrieval._files import whole_file
-from emd_retrieval.features.packing import global_vectors, unpack
+from emd_retrieval.features.packing import global_vectors, pack, unpack
 from emd_retrieval.matching import EMDMatcher, PreparedSets
 from emd_retrieval.retrieval.ranking import Ranking, rank_by
 from emd_retrieval.retrieval.shortlist import FaissShortlist
+from emd_retrieval.retrieval.store import LocalFeatureStore
 
 
 def search_sets(
@@ -108,6 +109,40 @@ class EMDKNN:
         self._sets: Tensor | None = None
         self._prepared: PreparedSets | None = None
         self._index: FaissShortlist | None = None
+
+    @staticmethod
+    def from_store(
+        store: LocalFeatureStore,
+        shortlist: int | None = 100,
+        *,
+        matcher: EMDMatcher | None = None,
+        global_node: int | None = None,
+    ) -> EMDKNN:
+        """Search the sets of a store, decoded into memory; rows are positions in the store.
+
+        For galleries that fit there; :class:`EMDReranker` reads the candidates' rows alone.
+
+        Args:
+            store: Sets of one number of nodes.
+            shortlist: As for the constructor.
+            matcher: As for the constructor.
+            global_node: As for the constructor.
+
+        Raises:
+            ValueError: If the number of nodes varies from set to set, or the store is empty.
+        """
+        if store.manifest.nodes is None or not len(store):
+            what = "is empty" if not len(store) else "has sets of different numbers of nodes"
+            raise ValueError(f"store: {store.path.name} {what}; EMDKNN needs sets of one size")
+        knn = EMDKNN(
+            store.manifest.channels,
+            shortlist,
+            matcher=matcher,
+            global_node=global_node,
+            reset_after=False,
+        )
+        knn.train(pack(store.nodes()))
+        return knn
 
     def __call__(
         self,

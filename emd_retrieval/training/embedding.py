@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from emd_retrieval._checks import check_positive
 from emd_retrieval.features import FCNExtractor, pack
-from emd_retrieval.progress import progress_counter
+from emd_retrieval.training.lightning_tools import StepProgress, quiet_lightning, torch_threads
+from emd_retrieval.training.recipe import learning_rate_factor
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,9 @@ class TrainingSchedule:
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate at a step."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        rest = max(1, self.steps - self.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - self.warmup_steps) / rest)))
+        return learning_rate_factor(
+            step, steps=self.steps, warmup_steps=self.warmup_steps, schedule="cosine"
+        )
 
 
 class EmbeddingTask(lightning.LightningModule):
@@ -141,7 +137,7 @@ def train_embedding(
         ValueError: If the loss is not finite.
     """
     task.extractor.to(memory_format=torch.channels_last)
-    with _quiet_lightning(), _torch_threads(threads):
+    with quiet_lightning(), torch_threads(threads):
         trainer = lightning.Trainer(
             max_steps=task.schedule.steps,
             max_epochs=-1,
@@ -153,7 +149,7 @@ def train_embedding(
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[_ProgressBar(description, task.schedule.steps)],
+            callbacks=[StepProgress(description, task.schedule.steps)],
         )
         loader = torch.utils.data.DataLoader(_Wrapped(batches), batch_size=None)
         trainer.fit(task, loader)
@@ -169,46 +165,3 @@ class _Wrapped(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.batches)
-
-
-class _ProgressBar(Callback):
-    """The package's own progress bar in place of Lightning's."""
-
-    def __init__(self, description: str, steps: int) -> None:
-        self._counter = progress_counter(description, total=steps, unit="step")
-        self._bar: Any = None
-
-    def on_train_start(self, *_: Any) -> None:
-        self._bar = self._counter.__enter__()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._bar.update(1)
-
-    def on_train_end(self, *_: Any) -> None:
-        self._counter.__exit__(None, None, None)
-
-
-@contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if threads is None else threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Lightning's banners and tips are for those who call it; here the caller called us."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

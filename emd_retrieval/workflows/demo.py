@@ -161,7 +161,7 @@ def run_demo(
             side,
             output,
             matcher=settings.matcher,
-            boxes=deepemd.node_boxes(),
+            boxes=deepemd.node_boxes,
             view=np.asarray,
         )
         record = record.with_figures(figures)

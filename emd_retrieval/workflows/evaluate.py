@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from emd_retrieval.datasets import (
     check_readable,
     load_images,
 )
-from emd_retrieval.features import FCNExtractor, FeatureSet, extract_features, load_backbone
-from emd_retrieval.features.transforms import evaluation_transform, evaluation_view
+from emd_retrieval.features import (
+    FeatureSet,
+    build_extractor,
+    extract_features,
+    load_backbone,
+)
 from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.records import ResultRecord
 from emd_retrieval.reports import save_figure, shortlist_figure
@@ -35,6 +40,9 @@ from emd_retrieval.retrieval.evaluation import check_shortlist
 from emd_retrieval.retrieval.metrics import relevant_counts
 from emd_retrieval.workflows.gallery import ImageSide, save_pictures
 from emd_retrieval.workflows.inputs import read_labels, read_matrix, read_ranking
+from emd_retrieval.workflows.models import ImageModel, load_run
+
+_TITLES = {"fcn": "FCN", "grid": "Grid", "sampling": "Sampling"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +53,20 @@ class EvaluateImages:
         data: Folder in CUB's layout, or of class sub-folders.
         classes: Class numbers, ranges or names; all by default.
         gallery: A second folder to search in; by default the queries are searched among themselves.
+        model: Folder of a trained run: its extractor, views and matching stand in the place of all
+            settings of backbone, extractor, views and matcher. Of a frozen trunk the ``weights``
+            are still needed.
         backbone: A timm model.
         weights: Local weights file; timm's hub by default.
         layer: Index of an intermediate feature map of the backbone; the last one by default.
-        pyramid: Levels of the feature pyramid.
-        include_map: Append the cells of the map itself.
+        extractor: Local features: ``"fcn"``, ``"grid"`` or ``"sampling"``.
+        pyramid: FCN: levels of the feature pyramid.
+        include_map: FCN: append the cells of the map itself.
+        grid: Grid: levels of the image pyramid.
+        context: Grid: how far a cell is enlarged.
+        patches: Sampling: patches an image.
+        patch_size: Grid and Sampling: side of a patch, in pixels; by default what the backbone was
+            trained on.
         resize: Short side of the images, in pixels.
         crop: Side of the centre crop, in pixels.
         shortlist: Candidates of the first stage; ``None`` compares all pairs.
@@ -59,17 +76,23 @@ class EvaluateImages:
         bf16: Run the backbone in bfloat16.
         num_workers: Processes that decode images.
         skip_errors: Leave unreadable images out, and say how many.
-        seed: Seed of the bootstrap.
+        seed: Seed of the bootstrap and of random patches.
     """
 
     data: Path
     classes: str | None = None
     gallery: Path | None = None
+    model: Path | None = None
     backbone: str = "resnet50"
     weights: Path | None = None
     layer: int | None = None
+    extractor: str = "fcn"
     pyramid: Sequence[int] = (3, 2, 1)
     include_map: bool = False
+    grid: Sequence[int] = (3, 2)
+    context: float = 2.0
+    patches: int = 25
+    patch_size: int | None = None
     resize: int = 256
     crop: int = 224
     shortlist: int | None = 100
@@ -111,17 +134,15 @@ def evaluate_images(
     if gallery is not None:
         query, gallery = _on_common_labels(query, gallery)
     _check_labels(query, gallery, settings.shortlist)
-    backbone = load_backbone(settings.backbone, weights=settings.weights, layer=settings.layer)
-    extractor = FCNExtractor(backbone, pyramid=settings.pyramid, include_map=settings.include_map)
-    query_features = _extract(query, extractor, settings, "extracting")
-    gallery_features = (
-        _extract(gallery, extractor, settings, "extracting gallery") if gallery else None
-    )
-    method = f"DeepEMD-{extractor.name.upper()}"
+    model = _model(settings)
+    extractor, matcher = model.extractor, model.matcher
+    query_features = _extract(query, model, settings, "extracting")
+    gallery_features = _extract(gallery, model, settings, "extracting gallery") if gallery else None
+    method = f"DeepEMD-{_TITLES[extractor.name]}"
     evaluation = evaluate_sets(
         query_features,
         gallery_features,
-        matcher=settings.matcher,
+        matcher=matcher,
         shortlist=settings.shortlist,
         method=method,
         seed=settings.seed,
@@ -136,16 +157,16 @@ def evaluate_images(
         summary=evaluation.summary,
         settings={
             **extractor.describe(),
-            **settings.matcher.describe(),
-            "weights": settings.weights.name if settings.weights else "timm's hub",
-            "resize": settings.resize,
-            "crop": settings.crop,
+            **matcher.describe(),
+            **model.described,
+            "resize": model.resize,
+            "crop": model.crop,
             "shortlist": settings.shortlist or "all pairs",
             "bf16": settings.bf16,
         },
         data=data,
         seed=settings.seed,
-        notes=_notes(evaluation, skipped),
+        notes=_notes(evaluation, skipped, patches=extractor.name != "fcn"),
     )
     if output is not None:
         query_side = ImageSide(query, query_features)
@@ -157,9 +178,14 @@ def evaluate_images(
             query_side,
             gallery_side,
             output,
-            matcher=settings.matcher,
-            boxes=extractor.node_boxes(),
-            view=evaluation_view(settings.resize, settings.crop),
+            matcher=matcher,
+            boxes=partial(
+                extractor.node_boxes,
+                resize=model.resize,
+                crop=model.crop,
+                seed=settings.seed,
+            ),
+            view=extractor.evaluation_view(resize=model.resize, crop=model.crop),
         )
         record = record.with_figures(figures)
         record = _save(record, evaluation, output)
@@ -386,14 +412,37 @@ def _check_labels(
         check_shortlist(shortlist, deepest)
 
 
+def _model(settings: EvaluateImages) -> ImageModel:
+    """A trained run, or a backbone under the extractor that the settings describe."""
+    if settings.model is not None:
+        return load_run(settings.model, weights=settings.weights)
+    backbone = load_backbone(settings.backbone, weights=settings.weights, layer=settings.layer)
+    extractor = build_extractor(
+        settings.extractor,
+        backbone,
+        pyramid=settings.pyramid,
+        include_map=settings.include_map,
+        grid=settings.grid,
+        context=settings.context,
+        patches=settings.patches,
+        patch_size=settings.patch_size,
+    )
+    weights = settings.weights.name if settings.weights else "timm's hub"
+    return ImageModel(
+        extractor, settings.matcher, settings.resize, settings.crop, {"weights": weights}
+    )
+
+
 def _extract(
-    collection: ImageCollection, extractor: FCNExtractor, settings: EvaluateImages, name: str
+    collection: ImageCollection, model: ImageModel, settings: EvaluateImages, name: str
 ) -> FeatureSet:
-    transform = evaluation_transform(extractor.backbone, resize=settings.resize, crop=settings.crop)
+    transform = model.extractor.evaluation_transform(
+        resize=model.resize, crop=model.crop, seed=settings.seed
+    )
     try:
         return extract_features(
             ImageDataset(collection, transform),
-            extractor,
+            model.extractor,
             batch_size=settings.batch_size,
             device=settings.device,
             bf16=settings.bf16,
@@ -432,8 +481,10 @@ def _tables(evaluation: Evaluation) -> dict[str, Any]:
     return tables
 
 
-def _notes(evaluation: Evaluation, skipped: int) -> tuple[str, ...]:
+def _notes(evaluation: Evaluation, skipped: int, *, patches: bool = False) -> tuple[str, ...]:
     notes = ["Percent, with 95 % bootstrap intervals over queries; gains are paired by query."]
+    if patches:
+        notes.append("Raw is the mean of the patch features, not the feature of the whole image.")
     if evaluation.left_out:
         notes.append(
             f"{evaluation.left_out} queries have no other image of their class and are left out."

@@ -65,10 +65,20 @@ def save_pictures(
     output: str | Path,
     *,
     matcher: EMDMatcher,
-    boxes: Tensor | None,
+    boxes: Callable[[Image.Image], Tensor | None],
     view: Callable[[Image.Image], Pixels],
 ) -> tuple[str, ...]:
-    """Draw ``gallery.png`` and, where nodes have a fixed place, ``matches.png``.
+    """Draw ``gallery.png`` and, where it can be told where the nodes lie, ``matches.png``.
+
+    Args:
+        evaluation: Two rankings, the baseline first.
+        query: The queries.
+        gallery: What was searched.
+        output: Folder.
+        matcher: The EMD similarity that ranked.
+        boxes: Where the nodes of an image lie, as shares of its view. Shape of its result:
+            ``[N, 4]``.
+        view: The part of an image that the network saw.
 
     Returns:
         Names of the files written.
@@ -78,8 +88,6 @@ def save_pictures(
     chosen = choose_queries(evaluation, query, gallery)
     rows = gallery_rows(evaluation, query, gallery, chosen)
     save_figure(gallery_figure(rows, before=before, after=after), output / "gallery.png")
-    if boxes is None:
-        return ("gallery.png",)
     pictures = match_pictures(
         evaluation, query, gallery, chosen, matcher=matcher, boxes=boxes, view=view
     )
@@ -189,7 +197,7 @@ def match_pictures(
     chosen: Sequence[int],
     *,
     matcher: EMDMatcher,
-    boxes: Tensor,
+    boxes: Callable[[Image.Image], Tensor | None],
     view: Callable[[Image.Image], Pixels],
     most: int = 3,
 ) -> list[MatchPicture]:
@@ -201,7 +209,8 @@ def match_pictures(
         gallery: What was searched.
         chosen: Places in the per-query tables.
         matcher: The EMD similarity that ranked.
-        boxes: Where the nodes lie in the image. Shape: ``[N, 4]``.
+        boxes: Where the nodes of an image lie, as shares of its view; nothing is drawn where it
+            gives ``None``.
         view: The part of an image that the network saw.
         most: At most so many.
     """
@@ -213,12 +222,17 @@ def match_pictures(
         answer = int(second.rows[row, 0])
         if len(pictures) == most or query.label(row) != gallery.label(answer):
             continue
+        sides = query.image(row), gallery.image(answer)
+        places = [boxes(image) for image in sides]
+        if places[0] is None or places[1] is None:
+            return []
         match = matcher.match(query.features.nodes[row], gallery.features.nodes[answer])
         pictures.append(
             MatchPicture(
-                query=view(query.image(row)),
-                reference=view(gallery.image(answer)),
-                boxes=boxes.numpy(),
+                query=view(sides[0]),
+                reference=view(sides[1]),
+                boxes=places[0].numpy(),
+                reference_boxes=places[1].numpy(),
                 query_weights=match.query_weights.numpy(),
                 reference_weights=match.reference_weights.numpy(),
                 flow=match.flow.numpy(),

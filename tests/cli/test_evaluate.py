@@ -83,6 +83,23 @@ def test_options_reach_the_settings(images, tmp_path, capsys):
     assert record["data"]["classes"] == "1,3"
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--extractor", "grid", "--grid", "2", "--context", "1.5", "--patch-size", "32"],
+         {"extractor": "grid", "grid": [2], "context": 1.5, "patch_size": 32}),
+        (["--extractor", "sampling", "--patches", "3", "--patch-size", "32"],
+         {"extractor": "sampling", "patches": 3, "patch_size": 32}),
+    ],
+)  # fmt: skip
+def test_patches(options, expected, images, tmp_path, capsys):
+    images = images[:-4] + images[-2:]  # no --pyramid
+    assert main([*images, *options, "--shortlist", "all", "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "evaluate.json").read_text(encoding="utf-8"))
+    assert {name: record["settings"].get(name) for name in expected} == expected
+    assert f"DeepEMD-{expected['extractor'].title()}" in capsys.readouterr().out
+
+
 def test_embeddings_and_threads(sets, tmp_path, capsys):
     before = torch.get_num_threads()
     try:
@@ -169,6 +186,9 @@ def one_line(capsys):
         (["--labels", "l.npy"], "--labels goes with --embeddings or --ranking, not with --data"),
         (["--channels", "8"], "--channels goes with --embeddings, not with --data"),
         (["--baseline", "b.csv"], "--baseline goes with --ranking, not with --data"),
+        (["--grid", "2"], "--grid goes with --extractor grid, not with fcn"),
+        (["--patch-size", "9"], "--patch-size goes with --extractor grid or sampling, not with f"),
+        (["--extractor", "grid"], "--pyramid goes with --extractor fcn, not with grid"),
     ],
 )  # fmt: skip
 def test_bad_input_for_images(options, message, images, capsys, monkeypatch):
@@ -233,8 +253,8 @@ def test_a_ranking_needs_labels(ranking, capsys):
         (["evaluate", "--data"], "argument --data: expected one argument"),
         (["evaluate", "--data", "d", "--seed", "-1"],
          "argument --seed: expected a whole number, zero or more, got '-1'"),
-        (["evaluate", "--data", "d", "--extractor", "grid"],
-         "argument --extractor: invalid choice: 'grid'"),
+        (["evaluate", "--data", "d", "--extractor", "girds"],
+         "argument --extractor: invalid choice: 'girds'"),
     ],
 )  # fmt: skip
 def test_bad_usage(arguments, message, capsys):
@@ -296,7 +316,7 @@ def test_examples_of_the_help_are_commands_that_parse(capsys):
 
     commands = EXAMPLES.replace("\\\n", " ").splitlines()
     commands = [line.split() for line in commands if line.strip().startswith("emd-retrieval ")]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         assert build_parser().parse_args(command[1:]).run
 

@@ -107,11 +107,28 @@ def test_an_unknown_weights_tag_names_those_there_are():
         load_backbone("resnet50.v9")
 
 
-@pytest.mark.parametrize("name", ["pit_ti_224", "crossvit_tiny_240"])
-def test_models_without_a_spatial_map_are_refused(name):
-    """One gives its class token alone, the other a list of them."""
-    with pytest.raises(ValueError, match=f"{name} has no spatial feature map; choose another"):
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("pit_ti_224", 256),  # ends in its class token alone
+        ("pit_ti_distilled_224", 256),  # in two of them
+        ("crossvit_tiny_240", 192),  # in a list of two sets of tokens
+        ("coat_lite_tiny", 320),  # in a class token before a grid, untold
+        ("volo_d1_224", 384),
+    ],
+)
+def test_models_without_a_map_at_their_end(name, channels):
+    """What the error advises works."""
+    with pytest.raises(ValueError) as caught:
         load_backbone(name, pretrained=False)
+    assert str(caught.value) == (
+        f"backbone: the output of {name} is no feature map; take its last intermediate one: "
+        "layer=-1 (--layer -1)"
+    )
+    backbone = load_backbone(name, pretrained=False, layer=-1)
+    assert backbone.channels == channels
+    images = torch.zeros(1, 3, backbone.input_size, backbone.input_size)
+    assert backbone(images).shape[1:] in {(channels, 7, 7), (channels, 14, 14)}
 
 
 def test_without_network_the_error_says_what_to_do(monkeypatch):

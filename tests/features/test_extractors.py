@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from emd_retrieval.features import FCNExtractor, load_backbone, pyramid_pool
+from emd_retrieval.features import (
+    EXTRACTORS,
+    Extractor,
+    FCNExtractor,
+    GridExtractor,
+    SamplingExtractor,
+    build_extractor,
+    load_backbone,
+    pyramid_pool,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +69,27 @@ def test_gradients_reach_embedder_and_backbone(backbone, images):
 
 
 def test_boxes_count_as_many_as_nodes(backbone):
-    assert FCNExtractor(backbone, pyramid=(3, 2)).node_boxes().shape == (13, 4)
-    assert FCNExtractor(backbone, include_map=True).node_boxes() is None
+    extractor = FCNExtractor(backbone, pyramid=(3, 2))
+    assert extractor.node_boxes().shape == (13, 4)
+    assert extractor.num_nodes == 13
+    extractor = FCNExtractor(backbone, include_map=True)
+    assert extractor.node_boxes() is None
+    assert extractor.num_nodes is None, "as many as the map has cells"
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"pyramid": (3, 2)}, {"pyramid": (), "include_map": True}]
+)
+def test_what_the_trunk_gives_can_be_embedded_later(settings, backbone, images):
+    torch.manual_seed(0)
+    extractor = FCNExtractor(backbone, embedding_size=16, **settings).eval()
+    with torch.no_grad():
+        nodes, pooled = extractor.trunk(images)
+        assert nodes.shape[2] == pooled.shape[1] == backbone.channels
+        now = extractor.with_global(images)
+        torch.testing.assert_close(extractor.embed(nodes), now[0])
+        torch.testing.assert_close(extractor.embed(pooled), now[1])
+        torch.testing.assert_close(extractor(images), now[0])
 
 
 def test_describe(backbone):
@@ -84,3 +112,43 @@ def test_refuses_bad_settings(backbone):
         FCNExtractor(backbone, embedding_size=0)
     with pytest.raises(ValueError, match="pyramid: expected at least one level"):
         FCNExtractor(backbone, pyramid=())
+    with pytest.raises(
+        ValueError, match=r"views: expected shape \[B, 3, h, w\], got \[2, 13, 3, 8, 8"
+    ):
+        FCNExtractor(backbone)(torch.zeros(2, 13, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_build_by_name(name, backbone):
+    settings = {
+        "pyramid": (2, 1), "include_map": True, "grid": (4,), "patches": 7, "patch_size": 48,
+        "context": 1.5, "training_context": (1.2, 1.8), "scale": (0.2, 0.5), "ratio": (1.0, 2.0),
+        "embedding_size": 8,
+    }  # fmt: skip
+    extractor = build_extractor(name, backbone, **settings)
+    assert isinstance(extractor, Extractor)
+    assert extractor.name == name
+    own = {
+        "fcn": (FCNExtractor, {"pyramid": [2, 1], "include_map": True}),
+        "grid": (GridExtractor, {"grid": [4], "patch_size": 48, "context": 1.5,
+                                 "training_context": [1.2, 1.8]}),
+        "sampling": (SamplingExtractor, {"patches": 7, "patch_size": 48, "scale": [0.2, 0.5],
+                                         "ratio": [1.0, 2.0]}),
+    }  # fmt: skip
+    kind, expected = own[name]
+    assert type(extractor) is kind
+    assert extractor.describe() == {
+        "extractor": name, **backbone.describe(), **expected, "embedding_size": 8,
+    }  # fmt: skip
+
+
+def test_the_defaults_are_the_papers(backbone):
+    assert [build_extractor(name, backbone).num_nodes for name in EXTRACTORS] == [14, 13, 25]
+
+
+def test_an_unknown_name_names_the_nearest(backbone):
+    with pytest.raises(ValueError) as caught:
+        build_extractor("samplng", backbone)
+    assert str(caught.value) == (
+        "extractor: expected one of fcn, grid, sampling; got 'samplng' (did you mean 'sampling'?)"
+    )

@@ -1,10 +1,17 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from emd_retrieval.features import load_backbone
-from emd_retrieval.features.transforms import evaluation_transform, evaluation_view
+from emd_retrieval.features import FCNExtractor, crop_resize, load_backbone
+from emd_retrieval.features.transforms import (
+    evaluation_transform,
+    evaluation_view,
+    random_boxes,
+    training_transform,
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +59,65 @@ def test_the_view_is_what_the_network_saw(backbone, picture):
 def test_a_crop_that_does_not_fit(backbone, resize, crop):
     with pytest.raises(ValueError, match=f"crop: expected 1 to resize = 32 pixels, got {crop}"):
         evaluation_transform(backbone, resize=resize, crop=crop)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_training_views_by_hand(backbone, picture):
+    """Resize as in evaluation, a random box of it, a flip, the same normalisation."""
+    transform = training_transform(backbone, resize=45, crop=32, scale=(0.2, 0.9), flip=False)
+    view = transform(picture, seeded(4))
+    assert view.shape == (3, 32, 32)
+    assert view.dtype == torch.float32
+    pixels = torch.from_numpy(np.array(picture.resize((70, 45), Image.Resampling.BICUBIC)))
+    box = random_boxes(45, 70, 1, (0.2, 0.9), (3 / 4, 4 / 3), seeded(4))
+    cut = crop_resize(pixels.permute(2, 0, 1).unsqueeze(0), box.unsqueeze(0), 32)[0, 0]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (backbone.mean, backbone.std))
+    expected = (cut.float() / 255 - mean) / std
+    assert (view - expected).abs().mean() < 1 / 255 / min(backbone.std)
+
+
+def test_training_follows_the_generator(backbone, picture):
+    transform = training_transform(backbone, resize=45, crop=32)
+    transform = pickle.loads(pickle.dumps(transform))  # noqa: S301  as another process gets it
+    first = transform(picture, seeded(1))
+    torch.manual_seed(7)
+    assert torch.equal(transform(picture, seeded(1)), first)
+    assert not torch.equal(transform(picture, seeded(2)), first)
+    plain = training_transform(backbone, resize=45, crop=32, flip=False)
+    pairs = [(transform(picture, seeded(s)), plain(picture, seeded(s))) for s in range(40)]
+    mirrored = [torch.equal(a, b.flip(2)) for a, b in pairs]
+    assert all(torch.equal(a, b) or flip for (a, b), flip in zip(pairs, mirrored, strict=True))
+    assert 8 <= sum(mirrored) <= 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resize": 0}, "resize: expected 1 pixel or more, got 0"),
+        ({"crop": -2}, "crop: expected 1 pixel or more, got -2"),
+        ({"scale": (0.5, 0.2)}, "scale: expected a range of shares of the image"),
+        ({"ratio": (0, 1)}, "ratio: expected a range of width over height"),
+    ],
+)
+def test_training_settings_that_are_none(settings, message, backbone):
+    with pytest.raises(ValueError, match=message):
+        training_transform(backbone, **settings)
+
+
+def test_the_extractor_hands_its_transforms_out(backbone, picture):
+    extractor = FCNExtractor(backbone)
+    image = extractor.evaluation_transform(resize=45, crop=32, seed=3)(picture)
+    assert torch.equal(image, evaluation_transform(backbone, resize=45, crop=32)(picture))
+    view = extractor.training_transform(resize=45, crop=32)(picture, seeded(1))
+    expected = training_transform(backbone, resize=45, crop=32)(picture, seeded(1))
+    assert torch.equal(view, expected)
+    seen = extractor.evaluation_view(resize=45, crop=32)(picture)
+    assert np.array_equal(seen, evaluation_view(45, 32)(picture))
+    for make in (
+        extractor.evaluation_transform, extractor.training_transform, extractor.evaluation_view,
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="crop: expected a side in pixels, got None"):
+            make(crop=None)

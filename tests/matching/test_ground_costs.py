@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pytorch_metric_learning.distances import SNRDistance
 
 from emd_retrieval.matching import ground_cost
 
@@ -54,10 +55,46 @@ def test_range_and_zero_vectors(generator):
     assert torch.equal(cost[2], torch.ones(6)), "cosine with a zero vector counts as 0"
 
 
-def test_gradient(generator):
+@pytest.mark.parametrize("name", ["cosine", "centered_cosine", "snr"])
+def test_gradient(name, generator):
     query = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     reference = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(ground_cost("centered_cosine"), (query, reference))
+    assert torch.autograd.gradcheck(ground_cost(name), (query, reference))
+
+
+@pytest.mark.parametrize(("n", "m", "scale"), [(5, 5, 1.0), (3, 7, 1e4), (1, 4, 1e-4)])
+def test_snr_is_the_distance_of_pml(n, m, scale, generator):
+    query = scale * torch.randn(n, 6, generator=generator)
+    reference = torch.randn(m, 6, generator=generator)
+    cost = ground_cost("snr")(query, reference)
+    torch.testing.assert_close(cost, SNRDistance()(query, reference), rtol=1e-5, atol=1e-5)
+    expected = torch.empty(n, m)
+    for i in range(n):
+        for j in range(m):
+            u, v = query[i] / query[i].norm(), reference[j] / reference[j].norm()
+            expected[i, j] = (u - v).var() / u.var()
+    torch.testing.assert_close(cost, expected, rtol=1e-5, atol=1e-5)
+    assert not ground_cost("snr").symmetric
+
+
+def test_snr_is_finite_without_signal(generator):
+    nodes = torch.randn(4, 6, generator=generator)
+    nodes[1], nodes[2] = 0, 3.7
+    nodes.requires_grad_()
+    cost = ground_cost("snr")(nodes, nodes)
+    torch.testing.assert_close(cost[1:3], torch.ones(2, 4))
+    cost.sum().backward()
+    assert torch.isfinite(nodes.grad).all()
+
+
+@pytest.mark.parametrize("name", ["cosine", "centered_cosine", "snr"])
+def test_gradient_of_zero_nodes_is_zero(name, generator):
+    nodes = torch.randn(3, 5, generator=generator)
+    nodes[1] = 0
+    nodes.requires_grad_()
+    ground_cost(name)(nodes, nodes.detach()).sum().backward()
+    assert torch.isfinite(nodes.grad).all()
+    assert not nodes.grad[1].any()
 
 
 def test_refuses_bad_input():

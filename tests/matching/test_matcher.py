@@ -1,10 +1,12 @@
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 import torch
 from support import structured_sets
 
-from emd_retrieval.matching import EMDMatcher
+from emd_retrieval.matching import EMDMatcher, cross_reference_weights
 
 
 def opencv_similarity(query, reference, floor):
@@ -141,6 +143,85 @@ def test_empty_inputs(generator):
     assert matcher.paired(sets[:0], sets[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("weights", ["uniform", "cross_reference"])
+def test_dense_coupling_in_plain_loops(weights, generator):
+    """Table 2 without EMD: every node with every node, by the product of the weights."""
+    query, reference = structured_sets(3, 4, 8, generator), structured_sets(2, 5, 8, generator)
+    matcher = EMDMatcher(coupling="dense", weights=weights)
+    got = matcher.all_pairs(query, reference)
+    for i, q in enumerate(query):
+        for j, r in enumerate(reference):
+            if weights == "uniform":
+                supply, demand = torch.full((4,), 1 / 4), torch.full((5,), 1 / 5)
+            else:
+                supply, demand = cross_reference_weights(q, r)
+            expected = sum(
+                supply[a] * demand[b] * torch.cosine_similarity(q[a], r[b], dim=0)
+                for a in range(4)
+                for b in range(5)
+            )
+            torch.testing.assert_close(got[i, j], expected)
+    torch.testing.assert_close(matcher.paired(query[:2], reference), got[:2].diagonal())
+    match = matcher.match(query[:2], reference)
+    torch.testing.assert_close((match.flow * (1 - match.cost)).sum((1, 2)), match.similarity)
+    among = matcher.all_pairs(query)
+    torch.testing.assert_close(among, matcher.all_pairs(query, query.clone()))
+    rows = torch.tensor([[1, 0], [0, 0], [1, 1]])
+    torch.testing.assert_close(matcher.shortlist(query, reference, rows), got.gather(1, rows))
+
+
+@pytest.mark.parametrize("coupling", ["transport", "dense"])
+def test_weights_without_gradient(coupling, generator):
+    """As in the reference code: the value stays, the gradient is that of constant weights."""
+    query = structured_sets(3, 4, 8, generator).requires_grad_()
+    reference = structured_sets(3, 5, 8, generator)
+    detached = EMDMatcher(coupling=coupling, weight_gradient=False)
+    exact = EMDMatcher(coupling=coupling)
+    torch.testing.assert_close(
+        detached.paired(query, reference), exact.paired(query, reference), rtol=0, atol=0
+    )
+    detached.paired(query, reference).sum().backward()
+    match = exact.match(query.detach(), reference)
+    constant = query.detach().clone().requires_grad_()
+    cosine = torch.nn.functional.normalize(constant, dim=-1) @ (
+        torch.nn.functional.normalize(reference, dim=-1).mT
+    )
+    (match.flow * cosine).sum().backward()
+    torch.testing.assert_close(query.grad, constant.grad)
+
+
+def test_snr_is_not_symmetric_and_zero_with_itself(generator):
+    sets = structured_sets(5, 4, 8, generator)
+    matcher = EMDMatcher(ground_cost="snr")
+    assert not matcher.symmetric
+    value = 1 - matcher.all_pairs(sets)
+    torch.testing.assert_close(value.diagonal(), torch.zeros(5), rtol=0, atol=1e-5)
+    assert (value - value.mT).abs().max() > 1e-3
+    assert value.min() > -1e-5
+    torch.testing.assert_close(value, 1 - matcher.all_pairs(sets, sets.clone()))
+
+
+def test_describe_holds_every_setting():
+    fields = {field.name for field in dataclasses.fields(EMDMatcher)} - {"memory_mb"}
+    assert set(EMDMatcher().describe()) == fields
+    assert EMDMatcher(**EMDMatcher(clusters=3).describe()) == EMDMatcher(clusters=3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"weights": "uniform"}, {"coupling": "dense"}], ids=str)
+def test_overflow_is_told_as_what_it_is(settings, generator):
+    sets = structured_sets(3, 4, 8, generator)
+    matcher = EMDMatcher(**settings)
+    for call in (
+        lambda: matcher.all_pairs(1e25 * sets),
+        lambda: matcher.paired(sets, 1e25 * sets),
+        lambda: matcher.all_pairs((1e25 * sets).requires_grad_()),
+    ):
+        with pytest.raises(ValueError, match=r"query, reference: expected features whose products"):
+            call()
+    large = matcher.all_pairs(1e25 * sets.double())
+    torch.testing.assert_close(large.float(), matcher.all_pairs(sets), rtol=0, atol=1e-6)
+
+
 def test_refuses_bad_input(generator):
     sets = structured_sets(3, 4, 8, generator)
     matcher = EMDMatcher()
@@ -164,5 +245,7 @@ def test_refuses_bad_input(generator):
         EMDMatcher(memory_mb=0)
     with pytest.raises(ValueError, match="did you mean 'simplex'"):
         EMDMatcher(solver="simplx")
+    with pytest.raises(ValueError, match="did you mean 'dense'"):
+        EMDMatcher(coupling="dens")
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         EMDMatcher(ground_cost="cosinus")

@@ -44,6 +44,27 @@ def test_overlapping_parts_of_two_levels_are_drawn_once():
     assert largest_flows(flow, boxes, 3) == [(0, 0), (2, 2)]
 
 
+def test_parts_that_overlap_a_little_are_drawn():
+    boxes = np.array([[0, 0, 0.6, 0.6], [0.4, 0.4, 1, 1]])
+    assert largest_flows(np.diag([0.6, 0.4]), boxes, 2) == [(0, 0), (1, 1)]
+
+
+def test_each_side_has_its_own_boxes():
+    boxes = np.array([[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5]])
+    others = np.array([[0, 0, 1, 1], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]])
+    flow = np.array([[0.3, 0.1, 0.1], [0.2, 0.05, 0.25]])
+    assert largest_flows(flow, boxes, 4, others) == [(1, 2), (0, 1)]
+    image = np.full((40, 40, 3), 200, dtype=np.uint8)
+    picture = MatchPicture(
+        query=image, reference=image, boxes=boxes, reference_boxes=others,
+        query_weights=flow.sum(1), reference_weights=flow.sum(0), flow=flow,
+        cost=np.zeros((2, 3)), similarity=1.0, title="robin",
+    )  # fmt: skip
+    _, right, _ = match_figure([picture]).axes
+    frame = right.patches[0].get_bbox()
+    assert (frame.x0, frame.y0) == pytest.approx((20.48, 20.48))
+
+
 def test_pairs_are_framed_numbered_and_told():
     flow = np.diag([0.4, 0.3, 0.2, 0.05, 0.05])
     figure = match_figure([match(flow)], pairs=3)

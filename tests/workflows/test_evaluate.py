@@ -71,6 +71,24 @@ def test_images(image_folder, weights, tmp_path):
     assert table["value"].tolist() == pytest.approx(record.table["value"].tolist())
 
 
+@pytest.mark.parametrize("name", ["grid", "sampling"])
+def test_patches(name, image_folder, weights, tmp_path):
+    settings = image_settings(
+        image_folder, weights, extractor=name, grid=(2,), patches=4, patch_size=32, context=1.5
+    )
+    record, evaluation = evaluate_images(settings, tmp_path)
+    assert list(evaluation.scores) == ["Raw", f"DeepEMD-{name.title()}"]
+    assert evaluation.scores["Raw"].mean["P@1"] > 60, "stripes are easy to tell"
+    assert set(record.figures) == {"gallery.png", "matches.png", "shortlist.png"}
+    assert record.settings["patch_size"] == 32
+    assert any(note.startswith("Raw is the mean of the patch") for note in record.notes)
+    again, _ = evaluate_images(settings)
+    assert again.table.equals(record.table), "patches are drawn alike"
+    _, other = evaluate_images(replace(settings, seed=1))
+    same = torch.equal(evaluation.rankings["Raw"].scores, other.rankings["Raw"].scores)
+    assert same is (name == "grid"), "Sampling's patches are the seed's"
+
+
 def test_nothing_is_written_unasked(image_folder, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record, _ = evaluate_images(image_settings(image_folder, weights))

@@ -95,10 +95,29 @@ def test_rows_of_features_are_not_rows_of_the_collection(evaluation, side):
     assert int(row.before[0].image[0, 0, 0]) // 3 == order[6]
 
 
+def fixed_boxes(image):
+    return pyramid_boxes((2, 1))
+
+
+def test_matches_show_where_the_nodes_of_each_image_lie(evaluation, side):
+    def boxes(image):
+        return pyramid_boxes((2, 1)) * (0.5 + np.asarray(image).mean() / 255)
+
+    (picture,) = match_pictures(
+        evaluation, side, side, [0], matcher=EMDMatcher(), boxes=boxes, view=np.asarray
+    )
+    for pixels, places in (
+        (picture.query, picture.boxes),
+        (picture.reference, picture.reference_boxes),
+    ):
+        assert np.allclose(places, boxes(pixels).numpy())
+    assert not np.allclose(picture.boxes, picture.reference_boxes)
+
+
 def test_matches_show_right_answers_only(evaluation, side):
     matcher, boxes = EMDMatcher(), pyramid_boxes((2, 1))
     pictures = match_pictures(
-        evaluation, side, side, [28, 0, 4, 8], matcher=matcher, boxes=boxes,
+        evaluation, side, side, [28, 0, 4, 8], matcher=matcher, boxes=lambda _: boxes,
         view=np.asarray, most=2,
     )  # fmt: skip
     assert [picture.title.split(":")[0] for picture in pictures] == ["class 0", "class 1"]
@@ -111,12 +130,10 @@ def test_matches_show_right_answers_only(evaluation, side):
 
 def test_files(evaluation, side, tmp_path):
     arguments = {"matcher": EMDMatcher(), "view": np.asarray}
-    names = save_pictures(
-        evaluation, side, side, tmp_path / "a", boxes=pyramid_boxes((2, 1)), **arguments
-    )
+    names = save_pictures(evaluation, side, side, tmp_path / "a", boxes=fixed_boxes, **arguments)
     assert names == ("gallery.png", "matches.png")
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == list(names)
-    names = save_pictures(evaluation, side, side, tmp_path / "b", boxes=None, **arguments)
+    names = save_pictures(evaluation, side, side, tmp_path / "b", boxes=lambda _: None, **arguments)
     assert names == ("gallery.png",)
     assert [file.name for file in (tmp_path / "b").iterdir()] == ["gallery.png"]
 
@@ -125,7 +142,7 @@ def test_no_match_picture_where_no_first_answer_is_right(side, tmp_path):
     ranking = rank(["000"] * len(LABELS))
     evaluation = compare_rankings({"Raw": ranking, "DeepEMD": ranking}, torch.from_numpy(LABELS))
     names = save_pictures(
-        evaluation, side, side, tmp_path, matcher=EMDMatcher(), boxes=pyramid_boxes((2, 1)),
+        evaluation, side, side, tmp_path, matcher=EMDMatcher(), boxes=fixed_boxes,
         view=np.asarray,
     )  # fmt: skip
     assert names == ("gallery.png",)

@@ -1,0 +1,151 @@
+"""``emd-retrieval extract``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  all images below a folder, 14 nodes an image, half precision:
+    emd-retrieval extract --images photos/ --store photos.store --backbone resnet50.tv_in1k
+  a list of paths, a quarter of the room, weights from a file:
+    emd-retrieval extract --images list.txt --store small.store --codec int8 \\
+        --backbone resnet50 --weights resnet50.safetensors
+  two processes of one machine, or of many that share the folder:
+    torchrun --nproc-per-node 2 -m emd_retrieval.cli extract --images photos/ --store photos.store
+"""
+
+
+def add_command(commands: Any) -> argparse.ArgumentParser:
+    """Add ``extract`` to the command line."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "extract",
+        help="images to a local-feature store",
+        description="Extract local features into a store. A killed run goes on where it was.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="PATH",
+        help="a folder; a text file, a path a line; or .parquet/.csv: path, and id if wanted",
+    )  # fmt: skip
+    parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="the store")
+
+    features = parser.add_argument_group("features")
+    features.add_argument(
+        "--extractor", default="fcn", choices=["fcn", "grid", "sampling"], help="(fcn)"
+    )
+    features.add_argument("--backbone", default="resnet50", metavar="NAME", help="timm (resnet50)")
+    features.add_argument(
+        "--weights", type=Path, metavar="FILE", help="local file; timm's hub without"
+    )
+    features.add_argument("--layer", type=int, metavar="I", help="intermediate feature map (last)")
+    features.add_argument("--pyramid", default="3,2,1", metavar="SIZES", help="fcn: levels (3,2,1)")
+    features.add_argument("--include-map", action="store_true", help="fcn: append the map's cells")
+    features.add_argument("--grid", default="3,2", metavar="SIZES", help="grid: levels (3,2)")
+    features.add_argument("--patches", type=int, default=25, metavar="P", help="sampling: (25)")
+    features.add_argument(
+        "--patch-size", type=int, metavar="PX", help="grid, sampling: side (the backbone's)"
+    )
+    features.add_argument("--resize", type=int, default=256, metavar="PX", help="short side (256)")
+    features.add_argument("--crop", type=int, default=224, metavar="PX", help="centre crop (224)")
+
+    stored = parser.add_argument_group("store")
+    stored.add_argument(
+        "--codec", default="float16", choices=["float32", "float16", "int8"], help="(float16)"
+    )
+    stored.add_argument(
+        "--global-vectors", action=argparse.BooleanOptionalAction, default=True,
+        help="store the pooled vectors too (yes)",
+    )  # fmt: skip
+    stored.add_argument(
+        "--shard", metavar="I/N", help="this process's share, 0/N to N-1/N (torchrun: by itself)"
+    )
+    stored.add_argument(
+        "--skip-errors", action="store_true", help="leave unreadable images out, and list them"
+    )
+
+    work = parser.add_argument_group("work")
+    work.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
+    work.add_argument("--device", default=None, help="torch device (cuda where there is one)")
+    work.add_argument("--bf16", action="store_true", help="run the backbone in bfloat16")
+    work.add_argument("--workers", type=int, metavar="N", help="decoding processes (by cores)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Extract, and say what was stored."""
+    from emd_retrieval import workflows
+    from emd_retrieval.cli.evaluate import _device
+    from emd_retrieval.cli.printing import set_threads
+    from emd_retrieval.features.extraction import default_workers
+
+    set_threads(options.threads)
+    part, parts = _shard(options.shard)
+    done = workflows.extract_images(
+        workflows.ExtractImages(
+            images=options.images,
+            store=options.store,
+            extractor=options.extractor,
+            backbone=options.backbone,
+            weights=options.weights,
+            layer=options.layer,
+            pyramid=_sizes("--pyramid", options.pyramid),
+            include_map=options.include_map,
+            grid=_sizes("--grid", options.grid),
+            patches=options.patches,
+            patch_size=options.patch_size,
+            resize=options.resize,
+            crop=options.crop,
+            codec=options.codec,
+            global_vectors=options.global_vectors,
+            batch_size=options.batch_size,
+            device=_device(_local_device(options.device)),
+            bf16=options.bf16,
+            num_workers=default_workers() if options.workers is None else options.workers,
+            skip_errors=options.skip_errors,
+            part=part,
+            parts=parts,
+            seed=options.seed,
+        )
+    )
+    whose = "" if parts == 1 else f" of shard {part}/{parts}"
+    print(f"{done.stored} images{whose} stored in {done.path}, {done.there} were there already")
+    if done.skipped:
+        from emd_retrieval.workflows.extract import SKIPPED
+
+        print(f"{len(done.skipped)} unreadable images left out, listed in {SKIPPED}")
+    if not done.joined:
+        print("the store is there once the other shards are done")
+    elif parts > 1:
+        print(f"all {parts} shards are done; the store is whole")
+
+
+def _sizes(option: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{option}: expected sizes as in 3,2,1, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    """The share of this process: what the user says, or what torchrun does."""
+    if text is None:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ValueError(f"--shard: expected I/N with I from 0 to N - 1, as in 0/2; got {text!r}")
+    return int(number), int(count)
+
+
+def _local_device(name: str | None) -> str | None:
+    """Under torchrun every process of a machine takes a GPU of its own."""
+    import torch
+
+    local = os.environ.get("LOCAL_RANK")
+    if name is not None or local is None or not torch.cuda.is_available():
+        return name
+    return f"cuda:{int(local) % torch.cuda.device_count()}"

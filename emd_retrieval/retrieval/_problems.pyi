@@ -1,0 +1,27 @@
+# The compiled problem writer, built from native/; module.cpp defines these names.
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_Floats = npt.NDArray[np.float32]
+_Integers = npt.NDArray[np.int64]
+
+def instruction_sets() -> list[str]: ...
+def write_problems(
+    queries: _Floats,
+    codes: npt.NDArray[Any],
+    scales: _Floats | None,
+    counts: _Integers | None,
+    rows: _Integers,
+    shifts: _Floats | None,
+    uniform: bool,
+    floor: float,
+    relative_floor: bool,
+    absent_cost: float,
+    cost: _Floats,
+    stored_weights: _Floats,
+    query_weights: _Floats,
+    threads: int,
+    instruction_set: str | None,
+) -> None: ...

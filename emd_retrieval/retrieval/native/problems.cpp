@@ -1,0 +1,258 @@
+// Decoding, ground costs (Equation 2) and node weights (Equation 11) of one pair after another. The one
+// product of raw nodes gives all three: cosines are it over the norms, weights are its means.
+//
+// No templates or inline functions of the standard library: the linker keeps one copy of each, perhaps
+// that of an instruction set which the CPU lacks.
+#include "problems.hpp"
+
+#include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#define EMD_JOIN(a, b) a##b
+#define EMD_NAME(a, b) EMD_JOIN(a, b)
+#define EMD_QUOTE(a) #a
+#define EMD_TEXT(a) EMD_QUOTE(a)
+
+namespace shortlist {
+
+namespace {
+
+constexpr int64_t kLanes = EMD_LANES;
+typedef float Floats __attribute__((vector_size(4 * EMD_LANES)));
+
+constexpr int64_t kRows = 6;      // stored nodes of a block,
+constexpr int64_t kVectors = 2;   // and vectors of query nodes: twelve sums fit into 16 registers
+constexpr float kLeastNorm = 1e-12f;      // as torch.nn.functional.normalize
+constexpr float kLeastWeight = 1.17549435e-38f * 1e6f;  // as matching.normalize_weights
+
+inline Floats load(const float* from) {
+  Floats vector;
+  memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+inline void store(float* to, Floats vector) { memcpy(to, &vector, sizeof vector); }
+
+void decode_half(const uint16_t* codes, float* to, int64_t count) {
+  int64_t i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i))));
+#endif
+  for (; i < count; i++) {
+    // The exponent's bias is mended by a product, which also makes subnormal halves normal.
+    const uint32_t magnitude = uint32_t(codes[i] & 0x7fff) << 13, sign = uint32_t(codes[i] & 0x8000) << 16;
+    float value;
+    memcpy(&value, &magnitude, sizeof value);
+    value *= 0x1p112f;
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits |= sign;
+    memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+void decode(const Sets& sets, int64_t row, float* to) {
+  const int64_t count = sets.nodes * sets.channels, first = row * count;
+  switch (sets.codec) {
+    case Codec::float32:
+      memcpy(to, static_cast<const float*>(sets.codes) + first, count * sizeof *to);
+      return;
+    case Codec::float16: decode_half(static_cast<const uint16_t*>(sets.codes) + first, to, count); return;
+    case Codec::int8:
+      for (int64_t node = 0; node < sets.nodes; node++) {
+        const int8_t* const codes = static_cast<const int8_t*>(sets.codes) + first + node * sets.channels;
+        const float scale = sets.scales[row * sets.nodes + node];
+        for (int64_t d = 0; d < sets.channels; d++) to[node * sets.channels + d] = codes[d] * scale;
+      }
+  }
+}
+
+float square_of(const float* node, int64_t channels) {
+  float sum = 0;
+  for (int64_t d = 0; d < channels; d++) sum += node[d] * node[d];
+  return sum;
+}
+
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+void fill(float* to, int64_t count, float value) {
+  for (int64_t i = 0; i < count; i++) to[i] = value;
+}
+
+// A query, transposed: channel by channel a row of its nodes, then their mean, then zeros.
+struct Query {
+  int64_t stride;
+  float* nodes;     // [channels, stride]
+  float* inverses;  // [stride], one over each node's norm
+  float scale;      // root mean square of the norms
+
+  void take(const float* from, int64_t count, int64_t channels) {
+    fill(nodes, channels * stride, 0);
+    fill(inverses, stride, 0);
+    double squares = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const float* const node = from + i * channels;
+      for (int64_t d = 0; d < channels; d++) {
+        nodes[d * stride + i] = node[d];
+        nodes[d * stride + count] += node[d] / float(count);
+      }
+      const float square = square_of(node, channels);
+      inverses[i] = 1 / larger(__builtin_sqrtf(square), kLeastNorm);
+      squares += square;
+    }
+    scale = float(__builtin_sqrt(squares / count));
+  }
+};
+
+// products[j, i] = <stored node j, query node i> for rows stored nodes and vectors x kLanes query nodes.
+template <int64_t rows, int64_t vectors>
+void multiply(const float* stored, const Query& query, int64_t column, int64_t channels, float* products) {
+  Floats sums[rows][vectors] = {};
+  const float* from = query.nodes + column;
+  for (int64_t d = 0; d < channels; d++, from += query.stride) {
+    Floats nodes[vectors];
+    for (int64_t v = 0; v < vectors; v++) nodes[v] = load(from + v * kLanes);
+    for (int64_t j = 0; j < rows; j++)
+      for (int64_t v = 0; v < vectors; v++) sums[j][v] += stored[j * channels + d] * nodes[v];
+  }
+  for (int64_t j = 0; j < rows; j++)
+    for (int64_t v = 0; v < vectors; v++)
+      store(products + j * query.stride + column + v * kLanes, sums[j][v]);
+}
+
+template <int64_t rows>
+void multiply_rows(const float* stored, const Query& query, int64_t channels, float* products) {
+  int64_t column = 0;
+  for (; column + kVectors * kLanes <= query.stride; column += kVectors * kLanes)
+    multiply<rows, kVectors>(stored, query, column, channels, products);
+  if (column < query.stride) multiply<rows, 1>(stored, query, column, channels, products);
+}
+
+void multiply_all(const float* stored, int64_t count, const Query& query, int64_t channels, float* products) {
+  using Block = void (*)(const float*, const Query&, int64_t, float*);
+  static constexpr Block kBlocks[] = {nullptr,          multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
+                                      multiply_rows<4>, multiply_rows<5>, multiply_rows<6>};
+  // Blocks of nearly equal height: a last block of one row would wait for its own sums.
+  const int64_t blocks = (count + kRows - 1) / kRows;
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t from = count * b / blocks, to = count * (b + 1) / blocks;
+    kBlocks[to - from](stored + from * channels, query, channels, products + from * query.stride);
+  }
+}
+
+// Weights from relevance scores: relu, the floor, and a total of one.
+void normalize(float* weights, int64_t count, float floor) {
+  double total = 0;
+  for (int64_t i = 0; i < count; i++) {
+    weights[i] = larger(larger(weights[i], 0) + floor, kLeastWeight);
+    total += weights[i];
+  }
+  const float factor = float(1 / total);
+  for (int64_t i = 0; i < count; i++) weights[i] *= factor;
+}
+
+class Writer {
+ public:
+  Writer(const Task& task, float* workspace) : task_{task} {
+    const auto take = [&workspace](int64_t count) { return (workspace += count) - count; };
+    query_.stride = (task.query_nodes + 1 + kLanes - 1) / kLanes * kLanes;
+    query_.nodes = take(task.sets.channels * query_.stride);
+    query_.inverses = take(query_.stride);
+    products_ = take(task.sets.nodes * query_.stride);
+    stored_ = take(task.sets.nodes * task.sets.channels);
+    inverses_ = take(task.sets.nodes);
+  }
+
+  void take_query(int64_t number) {
+    query_.take(task_.queries + number * task_.query_nodes * task_.sets.channels, task_.query_nodes,
+                task_.sets.channels);
+  }
+
+  void write(int64_t pair) {
+    const int64_t nodes = task_.sets.nodes, query_nodes = task_.query_nodes, row = task_.rows[pair];
+    float* const cost = task_.cost + pair * nodes * query_nodes;
+    float* const stored_weights = task_.stored_weights + pair * nodes;
+    float* const query_weights = task_.query_weights + pair * query_nodes;
+    if (row < 0) {
+      fill(cost, nodes * query_nodes, task_.settings.absent_cost);
+      fill(stored_weights, nodes, 1 / float(nodes));
+      fill(query_weights, query_nodes, 1 / float(query_nodes));
+      return;
+    }
+    const int64_t count = task_.sets.counts ? task_.sets.counts[row] : nodes;
+    decode(task_.sets, row, stored_);
+    multiply_all(stored_, count, query_, task_.sets.channels, products_);
+    const double squares = measure(count);
+    write_costs(cost, count, task_.shifts ? 1 + task_.shifts[pair] : 1);
+    if (task_.settings.uniform) {
+      fill(stored_weights, count, 1 / float(count));
+      fill(query_weights, query_nodes, 1 / float(query_nodes));
+    } else {
+      write_weights(stored_weights, query_weights, count, float(__builtin_sqrt(squares / count)));
+    }
+    fill(stored_weights + count, nodes - count, 0);
+  }
+
+ private:
+  double measure(int64_t count) {
+    double squares = 0;
+    for (int64_t j = 0; j < count; j++) {
+      const float square = square_of(stored_ + j * task_.sets.channels, task_.sets.channels);
+      inverses_[j] = 1 / larger(__builtin_sqrtf(square), kLeastNorm);
+      squares += square;
+    }
+    return squares;
+  }
+
+  void write_costs(float* cost, int64_t count, float one) const {
+    const int64_t query_nodes = task_.query_nodes;
+    for (int64_t j = 0; j < count; j++) {
+      const float* const products = products_ + j * query_.stride;
+      for (int64_t i = 0; i < query_nodes; i++)
+        cost[j * query_nodes + i] = one - products[i] * query_.inverses[i] * inverses_[j];
+    }
+    fill(cost + count * query_nodes, (task_.sets.nodes - count) * query_nodes, one);
+  }
+
+  void write_weights(float* stored_weights, float* query_weights, int64_t count, float scale) const {
+    const int64_t query_nodes = task_.query_nodes;
+    fill(query_weights, query_nodes, 0);
+    for (int64_t j = 0; j < count; j++) {
+      const float* const products = products_ + j * query_.stride;
+      for (int64_t i = 0; i < query_nodes; i++) query_weights[i] += products[i];
+      stored_weights[j] = products[query_nodes];
+    }
+    for (int64_t i = 0; i < query_nodes; i++) query_weights[i] /= float(count);
+    const float floor = task_.settings.floor * (task_.settings.relative_floor ? query_.scale * scale : 1);
+    normalize(query_weights, query_nodes, floor);
+    normalize(stored_weights, count, floor);
+  }
+
+  const Task& task_;
+  Query query_{};
+  float* products_;  // [nodes, query stride]
+  float* stored_;    // [nodes, channels]
+  float* inverses_;  // [nodes], one over each norm
+};
+
+void write(const Task& task, int64_t from, int64_t to, float* workspace) {
+  Writer writer(task, workspace);
+  int64_t query = -1;
+  for (int64_t pair = from; pair < to; pair++) {
+    if (pair / task.candidates != query) {
+      query = pair / task.candidates;
+      writer.take_query(query);
+    }
+    writer.write(pair);
+  }
+}
+
+}  // namespace
+
+extern const Kernel EMD_NAME(kernel_, EMD_KERNEL);
+const Kernel EMD_NAME(kernel_, EMD_KERNEL){EMD_TEXT(EMD_KERNEL), write};
+
+}  // namespace shortlist

@@ -1,0 +1,263 @@
+"""A FAISS index of any kind as a first stage: one from a file, or over a matrix made here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from emd_retrieval._checks import check_tensor
+from emd_retrieval.retrieval.candidates import Candidates, Ids
+from emd_retrieval.retrieval.shortlists.base import (
+    check_count,
+    check_ids_in_store,
+    query_array,
+)
+from emd_retrieval.retrieval.store import LocalFeatureStore
+
+_READ_AT_ONCE = 2**24
+
+
+class FaissIndexShortlist:
+    """Searches a FAISS index: Flat, IVF, PQ, HNSW and others, with IDMap or IDMap2 or without.
+
+    Inner products are scores as they are. Squared L2 distances become ``1 - distance / 2``, the
+    cosine where both sides are of unit norm. Other metrics are refused.
+
+    Args:
+        index: The index; :meth:`read` opens a file.
+        ids: The store's ids of the index's positions (``store.ids`` for one that was built in the
+            store's order). By default what the index returns are the ids.
+        normalize: Scale queries to unit norm, as an index of unit vectors wants them.
+        parameters: Search parameters by FAISS's names, for instance ``{"nprobe": 16}`` or
+            ``{"efSearch": 64}``.
+        device: ``"cpu"`` or ``"cuda"`` (with faiss-gpu).
+        name: What messages call the index.
+
+    Raises:
+        ValueError: If the index is empty, not trained or of another metric, a parameter is not its,
+            or ``ids`` does not fit.
+
+    Example:
+        >>> shortlist = FaissIndexShortlist.from_matrix(torch.eye(3), ids=[10, 20, 30])
+        >>> shortlist.search(torch.tensor([[0.1, 0.9, 0.2]]), 2).ids
+        array([[20, 30]])
+    """
+
+    def __init__(
+        self,
+        index: Any,
+        *,
+        ids: Sequence[str] | Sequence[int] | NDArray[Any] | None = None,
+        normalize: bool = True,
+        parameters: Mapping[str, float] | None = None,
+        device: str = "cpu",
+        name: str = "the index",
+    ) -> None:
+        self.name = name
+        self.normalize = normalize
+        self.parameters = dict(parameters or {})
+        if index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
+            raise ValueError(
+                f"index: {name} has FAISS's metric number {index.metric_type}; expected inner "
+                f"product ({faiss.METRIC_INNER_PRODUCT}) or L2 ({faiss.METRIC_L2})"
+            )
+        if not index.is_trained or index.ntotal == 0:
+            raise ValueError(
+                f"index: {name} {'is empty' if index.is_trained else 'is not trained'}; "
+                "train it and add the gallery's vectors first"
+            )
+        self.channels, self.size = int(index.d), int(index.ntotal)
+        self._is_l2 = index.metric_type == faiss.METRIC_L2
+        self._kind = type(faiss.downcast_index(index)).__name__
+        self._own_ids = _own_ids(index)
+        self._names = _names(ids, self.size, name)
+        self._index = _on_device(index, device)
+        for parameter, value in self.parameters.items():
+            _set_parameter(self._index, parameter, value, f"{name} ({self._kind})")
+
+    @staticmethod
+    def read(path: str | Path, **settings: Any) -> FaissIndexShortlist:
+        """Open an index file with FAISS's own reader.
+
+        Where ``PATH.sha256`` lies beside it (as ``sha256sum`` writes it), the file is held against
+        it first: FAISS notices a truncated file, but not altered vectors.
+
+        Args:
+            path: The file.
+            **settings: The constructor's.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is truncated, altered or no FAISS index, or the constructor refuses.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"index: no file {str(path)!r}")
+        _check_sum(path)
+        try:
+            index = faiss.read_index(str(path))
+        except (RuntimeError, MemoryError, AssertionError) as error:
+            raise ValueError(
+                f"index: {path.name} ({path.stat().st_size} bytes) is truncated, damaged or no "
+                f"FAISS index ({' '.join(str(error).split())[-160:]})"
+            ) from error
+        return FaissIndexShortlist(index, **{"name": path.name, **settings})
+
+    @staticmethod
+    def from_matrix(
+        vectors: Tensor | NDArray[Any],
+        ids: Sequence[str] | Sequence[int] | NDArray[Any] | None = None,
+        *,
+        name: str = "the matrix",
+    ) -> FaissIndexShortlist:
+        """Exact cosine search over the rows of a matrix.
+
+        Args:
+            vectors: Global vectors; normalised here. Shape: ``[R, G]``.
+            ids: Their ids; by default their numbers. Shape: ``[R]``.
+            name: What messages call it.
+
+        Raises:
+            TypeError: If ``vectors`` is not floating point.
+            ValueError: If it is empty, not 2-D or not finite, or ``ids`` does not fit.
+        """
+        width = vectors.shape[1] if vectors.ndim == 2 else 0
+        if isinstance(vectors, Tensor):
+            check_tensor("vectors", vectors, ["R", "G"])
+        if 0 in vectors.shape:
+            raise ValueError(f"vectors: expected at least one vector, got {list(vectors.shape)}")
+        unit = query_array(vectors, width, name, normalize=True)
+        index = faiss.IndexFlatIP(unit.shape[1])
+        index.add(unit)
+        return FaissIndexShortlist(index, ids=ids, name=name)
+
+    def search(self, vectors: Tensor | NDArray[Any], k: int) -> Candidates:
+        """The ``k`` nearest of each query, best first, -1 or ``None`` where there are fewer.
+
+        Raises:
+            TypeError: If ``vectors`` is not floating point.
+            ValueError: If its width is not the index's, or a value is not finite.
+        """
+        check_count(k)
+        queries = query_array(vectors, self.channels, self.name, normalize=self.normalize)
+        found, numbers = self._index.search(queries, k)
+        scores = 1 - found / 2 if self._is_l2 else found
+        absent = numbers < 0
+        scores = np.where(absent, np.float32(-np.inf), scores).astype(np.float32)
+        if np.isnan(scores).any():
+            raise ValueError(
+                f"index: {self.name} gave scores that are not numbers; its vectors are damaged or "
+                "were not finite"
+            )
+        ids: Any = numbers.astype(np.int64)
+        if self._names is not None:
+            if numbers.max(initial=-1) >= self.size:
+                raise ValueError(
+                    f"ids: {self.name} returned id {int(numbers.max())}, but there are names for "
+                    f"its {self.size} positions"
+                )
+            ids = self._names[numbers]
+            ids[absent] = None if ids.dtype == object else -1
+        return Candidates(ids, scores)
+
+    def check(self, store: LocalFeatureStore) -> None:
+        """Raise unless the index's ids are in the store (ten thousand of them, from end to end).
+
+        Ids inside of inverted lists are not looked at here; each is looked up when it is found.
+
+        Raises:
+            ValueError: If some are not, with the numbers.
+        """
+        what = f"{self.name} ({self.size} vectors)"
+        if self._names is not None:
+            names = self._names
+            check_ids_in_store(names.tolist() if names.dtype == object else names, store, what)
+        elif store.manifest.ids == "string":
+            raise ValueError(
+                f"ids: {what} has numbers, the store {store.path.name} ({len(store)} sets) has "
+                "strings as ids; pass the store's id of each position of the index (ids=store.ids "
+                "if it was built in the store's order)"
+            )
+        elif self._own_ids is not None:
+            check_ids_in_store(self._own_ids, store, what)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, for a result record."""
+        return {
+            "first_stage": self._kind,
+            "index": self.name,
+            "vectors": self.size,
+            "dimensions": self.channels,
+            "metric": "L2" if self._is_l2 else "inner product",
+            **self.parameters,
+        }
+
+
+def _own_ids(index: Any) -> NDArray[np.int64] | None:
+    """The ids that an index gives its vectors, where that can be told without a search."""
+    index = faiss.downcast_index(index)
+    if hasattr(index, "id_map"):
+        numbers: NDArray[np.int64] = faiss.vector_to_array(index.id_map)
+        return numbers
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    if isinstance(index, faiss.IndexIVF):
+        return None
+    return np.arange(index.ntotal)
+
+
+def _names(ids: Any, size: int, name: str) -> Ids | None:
+    if ids is None:
+        return None
+    if isinstance(ids, Tensor):
+        ids = ids.cpu().numpy()
+    array = np.asarray(ids)
+    if array.shape != (size,):
+        raise ValueError(
+            f"ids: expected one for each of the {size} vectors of {name}, "
+            f"got {array.shape[0] if array.ndim == 1 else list(array.shape)}"
+        )
+    names: Ids = array.astype(np.int64 if array.dtype.kind in "iu" else object)
+    return names
+
+
+def _on_device(index: Any, device: str) -> Any:
+    kind = torch.device(device)
+    if kind.type == "cpu":
+        return index
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise ValueError(f"device: {device} needs faiss-gpu; this FAISS is faiss-cpu")
+    resources = faiss.StandardGpuResources()
+    return faiss.index_cpu_to_gpu(resources, kind.index or 0, index)
+
+
+def _set_parameter(index: Any, parameter: str, value: float, what: str) -> None:
+    on_gpu = type(index).__name__.startswith("Gpu")
+    space = faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()
+    try:
+        space.set_index_parameter(index, parameter, value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"parameters: {what} takes no search parameter {parameter!r} = {value!r}"
+        ) from error
+
+
+def _check_sum(path: Path) -> None:
+    beside = path.with_name(f"{path.name}.sha256")
+    if not beside.is_file():
+        return
+    expected = beside.read_text(encoding="utf-8", errors="replace").split()[:1]
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_READ_AT_ONCE):
+            digest.update(part)
+    if expected != [digest.hexdigest()]:
+        raise ValueError(f"index: {path.name} was altered: it does not fit {beside.name}")

@@ -1,0 +1,480 @@
+"""``extract``: images to a local-feature store, resumable, by one process or many.
+
+A killed run loses a second of work or so: run it again with the same settings, and the images that
+are stored already are passed over.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from emd_retrieval._files import check_folder
+from emd_retrieval.datasets import UnreadableImageError, decode_rgb, image_files
+from emd_retrieval.datasets.image_folder import IMAGE_SUFFIXES
+from emd_retrieval.features import Extractor, build_extractor, load_backbone
+from emd_retrieval.progress import progress_counter
+from emd_retrieval.retrieval import LocalFeatureStore, StoreWriter
+from emd_retrieval.retrieval.store import create_part, join_parts, parts_started
+
+SKIPPED = "skipped.csv"
+_PARTIAL = f"{SKIPPED}.partial"
+_COMMIT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractImages:
+    """Settings of :func:`extract_images`.
+
+    Attributes:
+        images: A folder, searched at any depth; a text file with a path a line; or a table
+            (.parquet, .csv) with a column ``path`` and optionally ``id``. Paths in files are
+            relative to the file's folder.
+        store: The store's folder.
+        extractor: ``"fcn"``, ``"grid"`` or ``"sampling"``.
+        backbone: A timm model.
+        weights: Local weights file; timm's hub by default.
+        layer: Index of an intermediate feature map of the backbone; the last one by default.
+        pyramid: FCN: levels of the feature pyramid.
+        include_map: FCN: append the cells of the map itself.
+        grid: Grid: levels of the image pyramid.
+        patches: Sampling: patches an image.
+        patch_size: Grid and Sampling: side of a patch, in pixels.
+        resize: Short side of the images, in pixels.
+        crop: Side of the centre crop, in pixels.
+        codec: How nodes are stored: ``"float32"``, ``"float16"`` or ``"int8"``.
+        global_vectors: Store the pooled vectors as well.
+        batch_size: Images a forward pass.
+        device: Torch device of the backbone.
+        bf16: Run the backbone in bfloat16.
+        num_workers: Processes that decode images.
+        skip_errors: Leave unreadable images out and list them in the store's ``skipped.csv``.
+        part: Which part of the images is this process's, from 0.
+        parts: How many processes share the images.
+        seed: Seed of random patches.
+    """
+
+    images: Path
+    store: Path
+    extractor: str = "fcn"
+    backbone: str = "resnet50"
+    weights: Path | None = None
+    layer: int | None = None
+    pyramid: Sequence[int] = (3, 2, 1)
+    include_map: bool = False
+    grid: Sequence[int] = (3, 2)
+    patches: int = 25
+    patch_size: int | None = None
+    resize: int = 256
+    crop: int = 224
+    codec: str = "float16"
+    global_vectors: bool = True
+    batch_size: int = 32
+    device: str = "cpu"
+    bf16: bool = False
+    num_workers: int = 0
+    skip_errors: bool = False
+    part: int = 0
+    parts: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExtractedStore:
+    """What a run of :func:`extract_images` did.
+
+    Attributes:
+        path: The store's folder.
+        images: Images of this process's part.
+        stored: How many of them this run stored.
+        there: How many were stored before.
+        skipped: Id of each unreadable image that was left out, and why.
+        joined: The store is whole. ``False`` while other processes work on their parts.
+    """
+
+    path: Path
+    images: int
+    stored: int
+    there: int
+    skipped: dict[str, str]
+    joined: bool
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images by id.
+
+    Attributes:
+        paths: One a file.
+        ids: One a file, each once: strings, or int64.
+    """
+
+    paths: tuple[Path, ...]
+    ids: list[str] | NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def part(self, number: int, count: int) -> ImageList:
+        """One of ``count`` runs of the list; behind one another they are the list."""
+        start, end = (len(self) * i // count for i in (number, number + 1))
+        return ImageList(self.paths[start:end], self.ids[start:end])
+
+
+def extract_images(settings: ExtractImages) -> ExtractedStore:
+    """Extract the local features of images into a store; what is stored already is passed over.
+
+    With ``parts`` above 1 every process stores its run of the images, in any order and at any time;
+    the last to finish joins the parts.
+
+    Args:
+        settings: What to extract, and how.
+
+    Raises:
+        FileNotFoundError: If images or weights are missing, or a folder has no image.
+        UnreadableImageError: If an image cannot be decoded and ``skip_errors`` is not set; what was
+            stored before it stays.
+        ValueError: If ids are not unique, or settings do not fit each other or the store that is
+            there.
+        StoreLockedError: If another writer has the store.
+    """
+    if not 0 <= settings.part < settings.parts:
+        raise ValueError(
+            f"shard: expected 0 to {settings.parts - 1} of {settings.parts}, got {settings.part}"
+        )
+    check_folder(settings.store, "store")
+    everything = read_image_list(settings.images)
+    mine = everything.part(settings.part, settings.parts)
+    if settings.parts == 1:
+        started = parts_started(settings.store)
+        if started is not None:
+            raise ValueError(
+                f"store: {settings.store} was started by {started} processes; go on with "
+                f"{started} (torchrun, or --shard 0/{started} and so on), or use another store"
+            )
+    extractor = load_extractor(settings)
+    transform = extractor.evaluation_transform(
+        resize=settings.resize, crop=settings.crop, seed=settings.seed
+    )
+    shape: dict[str, Any] = {
+        "channels": extractor.channels,
+        "nodes": _num_nodes(extractor, settings),
+        "codec": settings.codec,
+        "global_channels": extractor.channels if settings.global_vectors else None,
+        "ids": "int64" if isinstance(everything.ids, np.ndarray) else "string",
+        "extractor": _describe(extractor, settings),
+    }
+    writer: StoreWriter | None
+    if settings.parts == 1:
+        writer = LocalFeatureStore.create(settings.store, **shape)
+    else:
+        writer = create_part(settings.store, settings.part, settings.parts, **shape)
+    if writer is None:
+        return _joined_before(settings, mine)
+    with writer:
+        run = _Run(settings, mine, extractor, transform, writer)
+        stored = run.store_all()
+    joined = settings.parts == 1 or join_parts(
+        settings.store, settings.parts, before=lambda parts: _join_skipped(settings.store, parts)
+    )
+    skipped = {name: reason for name, (_, reason) in run.skipped.items()}
+    return ExtractedStore(settings.store, len(mine), stored, run.there, skipped, joined)
+
+
+def load_extractor(settings: ExtractImages) -> Extractor:
+    """The extractor of the settings, in evaluation mode."""
+    backbone = load_backbone(settings.backbone, weights=settings.weights, layer=settings.layer)
+    extractor = build_extractor(
+        settings.extractor,
+        backbone,
+        pyramid=settings.pyramid,
+        include_map=settings.include_map,
+        grid=settings.grid,
+        patches=settings.patches,
+        patch_size=settings.patch_size,
+    )
+    return extractor.eval()
+
+
+def read_image_list(path: Path) -> ImageList:
+    """The images of a folder, a list or a table; order and ids are those of the source.
+
+    Raises:
+        FileNotFoundError: If there is nothing there, or not one image.
+        ValueError: If a table has no column ``path``, or an id appears twice.
+    """
+    if path.is_dir():
+        files = sorted(image_files(path))
+        images = ImageList(tuple(files), [file.relative_to(path).as_posix() for file in files])
+    elif not path.is_file():
+        raise FileNotFoundError(f"images: no folder or file {str(path)!r}")
+    elif path.suffix in (".parquet", ".pq", ".csv"):
+        images = _read_table(path)
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"images: {path.name} is no list of paths (not UTF-8 text); expected a folder, a "
+                "text file with a path a line, or a table (.parquet, .csv)"
+            ) from error
+        names = [line.strip() for line in lines if line.strip()]
+        images = ImageList(tuple(path.parent / name for name in names), names)
+    if not len(images):
+        what = f"no image ({', '.join(sorted(IMAGE_SUFFIXES))})" if path.is_dir() else "no path"
+        raise FileNotFoundError(f"images: {path} has {what} in it")
+    values: list[Any] = images.ids.tolist() if isinstance(images.ids, np.ndarray) else images.ids
+    twice = pd.Series(values).duplicated()
+    if twice.any():
+        raise ValueError(
+            f"images: {int(twice.sum())} ids of {path.name} appear twice, the first is "
+            f"{values[int(twice.argmax())]!r}"
+        )
+    return images
+
+
+class _Run:
+    """One process's images on their way into its store."""
+
+    def __init__(
+        self,
+        settings: ExtractImages,
+        images: ImageList,
+        extractor: Extractor,
+        transform: Any,
+        writer: StoreWriter,
+    ) -> None:
+        self.settings = settings
+        self.images = images
+        self.extractor = extractor.to(settings.device)
+        self.transform = transform
+        self.writer = writer
+        stored = writer.contains(images.ids).numpy()
+        self.there = int(stored.sum())
+        (writer.path / _PARTIAL).unlink(missing_ok=True)
+        # What a killed run noted of batches that it did not store is found out again.
+        self.skipped = {
+            name: (row, reason)
+            for name, (row, reason) in read_skipped(writer.path).items()
+            if settings.skip_errors and row < len(writer)
+        }
+        # A killed run goes on behind the images that it found unreadable; a new run tries them
+        # again, after the others, so that batches stay what they were.
+        failed = np.array([str(name) in self.skipped for name in images.ids], dtype=bool) & ~stored
+        todo = [np.flatnonzero(~stored & ~failed)]
+        if writer.manifest.complete:
+            todo.append(np.flatnonzero(failed))
+        self.batches = [
+            part[start : start + settings.batch_size].tolist()
+            for part in todo
+            for start in range(0, len(part), settings.batch_size)
+        ]
+
+    def store_all(self) -> int:
+        """Extract and store what is missing; returns how many images."""
+        stored, committed = 0, time.monotonic()
+        loader: DataLoader[Any] = DataLoader(
+            _Views(self.images, self.transform),
+            batch_sampler=self.batches,
+            num_workers=self.settings.num_workers,
+            collate_fn=_collate,
+            pin_memory=torch.device(self.settings.device).type == "cuda",
+        )
+        shown = "extracting" if self.settings.part == 0 else None
+        with progress_counter(shown, total=len(self.images), unit="image") as bar:
+            bar.update(len(self.images) - sum(map(len, self.batches)))
+            for rows, views, failures in loader:
+                self._note(rows, failures)
+                if rows:
+                    self._store(rows, views)
+                stored += len(rows)
+                bar.update(len(rows) + len(failures))
+                if time.monotonic() - committed >= _COMMIT_SECONDS:
+                    self.writer.commit()
+                    committed = time.monotonic()
+        return stored
+
+    def _store(self, rows: list[int], views: Tensor) -> None:
+        device = torch.device(self.settings.device)
+        views = views.to(device, non_blocking=True)
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.settings.bf16),
+        ):
+            nodes, pooled = self.extractor.with_global(views)
+        nodes, pooled = nodes.float().cpu(), pooled.float().cpu()
+        finite = torch.isfinite(nodes).flatten(1).all(dim=1) & torch.isfinite(pooled).all(dim=1)
+        if not bool(finite.all()):
+            bad = self.images.ids[rows[int((~finite).nonzero()[0])]]
+            raise ValueError(
+                f"features: the backbone gave NaN or infinite features for "
+                f"{int((~finite).sum())} image(s) of a batch, the first is {bad!r}. Check the "
+                "weights, or run without bf16"
+            )
+        ids = self.images.ids
+        self.writer.append(
+            ids[rows] if isinstance(ids, np.ndarray) else [ids[row] for row in rows],
+            nodes,
+            pooled if self.settings.global_vectors else None,
+        )
+
+    def _note(self, rows: list[int], failures: list[tuple[int, str]]) -> None:
+        """Keep the list of unreadable images in step with the store."""
+        before = dict(self.skipped)
+        for row in rows:
+            self.skipped.pop(str(self.images.ids[row]), None)
+        for row, reason in failures:
+            if not self.settings.skip_errors:
+                # What is done is safe before the run ends.
+                self.writer.commit()
+                raise UnreadableImageError(
+                    f"{self.images.paths[row]}: {reason}. Restore or remove the image, or set "
+                    "skip_errors (--skip-errors) to go on without unreadable ones; "
+                    f"{len(self.writer)} images are stored already"
+                )
+            name = str(self.images.ids[row])
+            self.skipped[name] = self.skipped.get(name, (len(self.writer),))[0], reason
+        if self.skipped != before:
+            write_skipped(self.writer.path, self.skipped)
+
+
+class _Views(Dataset[tuple[int, Tensor | None, str]]):
+    """Item ``i``: its number, its views or ``None``, and why there are none."""
+
+    def __init__(self, images: ImageList, transform: Any) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
+        path = self.images.paths[index]
+        try:
+            return index, self.transform(decode_rgb(path)), ""
+        except UnreadableImageError as error:
+            return index, None, str(error).removeprefix(f"{path}: ")
+
+
+def _collate(
+    items: list[tuple[int, Tensor | None, str]],
+) -> tuple[list[int], Tensor | None, list[tuple[int, str]]]:
+    views = [(row, view) for row, view, _ in items if view is not None]
+    failures = [(row, reason) for row, view, reason in items if view is None]
+    stacked = torch.stack([view for _, view in views]) if views else None
+    return [row for row, _ in views], stacked, failures
+
+
+def read_skipped(store: Path) -> dict[str, tuple[int, str]]:
+    """Ids of images that were left out: how many were stored before their batch, and why."""
+    path = store / SKIPPED
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["id"]: (int(row["row"]), row["reason"]) for row in csv.DictReader(file)}
+
+
+def write_skipped(store: Path, skipped: Mapping[str, tuple[int, str]]) -> None:
+    """Write the list of images that were left out; an empty one is no file."""
+    path = store / SKIPPED
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("id", "row", "reason"))
+    table.writerows((name, row, reason) for name, (row, reason) in skipped.items())
+    # Always the same temporary name, so that a killed run leaves none behind.
+    partial = path.with_name(_PARTIAL)
+    # Names of files that are no UTF-8 are told as they can be.
+    partial.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace", newline="")
+    partial.replace(path)
+
+
+def _join_skipped(store: Path, parts: list[Path]) -> None:
+    write_skipped(store, {k: v for part in parts for k, v in read_skipped(part).items()})
+
+
+def _joined_before(settings: ExtractImages, images: ImageList) -> ExtractedStore:
+    """A shared run repeated after its end: there must be nothing left to do."""
+    store = LocalFeatureStore(settings.store)
+    skipped = read_skipped(settings.store)
+    stored = store.contains(images.ids).numpy()
+    missing = [
+        name
+        for name, there in zip(images.ids, stored, strict=True)
+        if not there and str(name) not in skipped
+    ]
+    if missing:
+        raise ValueError(
+            f"store: {settings.store} is finished and lacks {len(missing)} of these images, the "
+            f"first is {missing[0]!r}; one process without shards can add them"
+        )
+    mine = {str(name) for name in images.ids}
+    return ExtractedStore(
+        settings.store,
+        len(images),
+        0,
+        int(stored.sum()),
+        {name: reason for name, (_, reason) in skipped.items() if name in mine},
+        joined=True,
+    )
+
+
+def _num_nodes(extractor: Extractor, settings: ExtractImages) -> int:
+    """N, tried out where it depends on the size of the images."""
+    if extractor.num_nodes is not None:
+        return extractor.num_nodes
+    with torch.inference_mode():
+        return int(extractor(torch.zeros(1, 3, settings.crop, settings.crop)).shape[1])
+
+
+def _describe(extractor: Extractor, settings: ExtractImages) -> dict[str, Any]:
+    """All that decides the features, as plain values, for the store's manifest."""
+    weights: dict[str, Any] = {"weights": "timm's hub"}
+    if settings.weights is not None:
+        digest = hashlib.sha256(settings.weights.read_bytes()).hexdigest()
+        weights = {"weights": settings.weights.name, "weights_sha256": digest}
+    return {
+        **extractor.describe(),
+        **weights,
+        "resize": settings.resize,
+        "crop": settings.crop,
+        "bf16": settings.bf16,
+        "seed": settings.seed,
+    }
+
+
+def _read_table(path: Path) -> ImageList:
+    try:
+        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"images: {path.name} is not a readable table ({error})") from error
+    if "path" not in table:
+        raise ValueError(
+            f"images: expected a column 'path' in {path.name}, got "
+            f"{', '.join(map(str, table.columns)) or 'no columns'}"
+        )
+    for name in {"path", "id"} & set(table.columns):
+        if table[name].isna().any():
+            raise ValueError(f"images: {path.name} has rows without a value for {name!r}")
+    names = [str(name) for name in table["path"]]
+    paths = tuple(path.parent / name for name in names)
+    if "id" not in table:
+        return ImageList(paths, names)
+    if pd.api.types.is_integer_dtype(table["id"]):
+        return ImageList(paths, table["id"].to_numpy(dtype=np.int64))
+    return ImageList(paths, [str(name) for name in table["id"]])

@@ -1,0 +1,391 @@
+"""What is searched for, and where: queries as images or arrays, and a command's first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from emd_retrieval._checks import check_finite
+from emd_retrieval.datasets import UnreadableImageError
+from emd_retrieval.datasets.image_folder import IMAGE_SUFFIXES
+from emd_retrieval.features import Extractor, global_vectors, unpack
+from emd_retrieval.matching import EMDMatcher
+from emd_retrieval.progress import progress_counter
+from emd_retrieval.retrieval import (
+    CandidateTable,
+    FaissIndexShortlist,
+    LocalFeatureStore,
+    QdrantShortlist,
+    Shortlist,
+)
+from emd_retrieval.workflows.extract import (
+    ExtractImages,
+    ImageList,
+    _collate,
+    _describe,
+    _Views,
+    load_extractor,
+    read_image_list,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """What ``rerank``, ``search`` and ``tune`` have in common.
+
+    Attributes:
+        store: The local-feature store of the gallery.
+        queries: Images (a folder, a list, a table, one file), or arrays: ``.npy`` of
+            ``[Q, N * D]`` or ``[Q, N, D]``, or ``.npz`` with ``nodes`` and optionally
+            ``global_vectors`` and ``ids``.
+        query_vectors: Global vectors of queries that are arrays, ``.npy``; by default the store's
+            rule makes them from the nodes.
+        weights: The backbone's weights file, where the store was made with one.
+        index: A FAISS index of the gallery's global vectors. Without it, ``candidates`` or
+            ``qdrant``, the store's own global vectors are searched.
+        index_ids: Store ids of the index's positions: ``.npy``, or a text file with an id a line.
+        index_parameters: Search parameters by FAISS's names.
+        candidates: A ready shortlist, see :meth:`CandidateTable.read`.
+        qdrant: A Qdrant server's URL, or the folder of the embedded mode.
+        collection: The Qdrant collection.
+        id_key: Entry of the points' payload that holds the store's id.
+        shortlist: Candidates of a query that are compared by EMD.
+        matcher: The EMD similarity.
+        exclude_self: Leave the query's own id out of its answer.
+        device: Torch device of the backbone and of the comparison.
+        batch_size: Images a forward pass.
+        num_workers: Processes that decode images.
+        skip_errors: Leave unreadable query images out, and list them.
+    """
+
+    store: Path
+    queries: Path
+    query_vectors: Path | None = None
+    weights: Path | None = None
+    index: Path | None = None
+    index_ids: Path | None = None
+    index_parameters: Mapping[str, float] = field(default_factory=dict)
+    candidates: Path | None = None
+    qdrant: str | None = None
+    collection: str | None = None
+    id_key: str | None = None
+    shortlist: int = 100
+    matcher: EMDMatcher = field(default_factory=EMDMatcher)
+    exclude_self: bool = False
+    device: str = "cpu"
+    batch_size: int = 32
+    num_workers: int = 0
+    skip_errors: bool = False
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries by id.
+
+    Attributes:
+        ids: Names of image files as the source has them, or numbers.
+        nodes: Shape: ``[Q, N, D]``.
+        vectors: Global vectors. Shape: ``[Q, G]``.
+        skipped: Id of each image that was left out, and why.
+        extractor: What made the nodes; ``None`` where they came as arrays.
+    """
+
+    ids: Sequence[Any]
+    nodes: Tensor
+    vectors: Tensor
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    extractor: Extractor | None = None
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+
+def read_queries(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
+    """The queries' features, as the store's were made.
+
+    Raises:
+        FileNotFoundError: If there is nothing there, or not one image.
+        UnreadableImageError: If an image cannot be decoded and ``skip_errors`` is not set.
+        ValueError: If arrays do not fit the store, or images would get other features than its.
+    """
+    if settings.queries.suffix in (".npy", ".npz"):
+        return _read_arrays(settings, store)
+    if settings.query_vectors is not None:
+        raise ValueError("query_vectors: they go with queries that are arrays (.npy, .npz)")
+    return _extract(settings, store)
+
+
+def first_stage(settings: SearchSettings, store: LocalFeatureStore, queries: Queries) -> Shortlist:
+    """The first stage that the settings name, held against the store.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If two are named, or the one that is does not fit the store or the queries.
+    """
+    named = [
+        name for name in ("index", "candidates", "qdrant") if getattr(settings, name) is not None
+    ]
+    if len(named) > 1:
+        raise ValueError(f"{named[1]}: there is a first stage already, {named[0]}; pass one")
+    for name, owner in (("index_ids", "index"), ("collection", "qdrant"), ("id_key", "qdrant")):
+        if getattr(settings, name) is not None and getattr(settings, owner) is None:
+            raise ValueError(f"{name}: it goes with {owner}, which was not given")
+    if settings.index_parameters and settings.index is None:
+        raise ValueError("index_parameters: they go with index, which was not given")
+    stage: Shortlist
+    if settings.index is not None:
+        stage = FaissIndexShortlist.read(
+            settings.index,
+            ids=_index_ids(settings, store),
+            parameters=settings.index_parameters,
+        )
+    elif settings.candidates is not None:
+        stage = CandidateTable.read(settings.candidates).of(queries.ids)
+    elif settings.qdrant is not None:
+        if settings.collection is None:
+            raise ValueError("collection: expected the name of the Qdrant collection, got none")
+        where = {"url" if "://" in settings.qdrant else "path": settings.qdrant}
+        stage = QdrantShortlist(
+            settings.collection,
+            id_key=settings.id_key,
+            **where,  # type: ignore[arg-type]
+        )
+    elif store.manifest.global_channels is None:
+        raise ValueError(
+            f"index: the store {store.path.name} has no global vectors to search; pass an index, "
+            "candidates or qdrant"
+        )
+    else:
+        stage = FaissIndexShortlist.from_matrix(
+            store.global_vectors(), store.ids, name=f"the matrix of {store.path.name}"
+        )
+    stage.check(store)
+    return stage
+
+
+def own_ids(queries: Queries, store: LocalFeatureStore) -> NDArray[Any]:
+    """The queries' ids as the store's kind. Shape: ``[Q]``.
+
+    Raises:
+        ValueError: If they are of the other kind.
+    """
+    array = np.asarray(queries.ids)
+    is_number = array.dtype.kind in "iu"
+    if is_number != (store.manifest.ids == "int64"):
+        raise ValueError(
+            f"exclude_self: the queries' ids are {'numbers' if is_number else 'names'}, those of "
+            f"the store {store.path.name} are not; a query cannot be found in its answer"
+        )
+    return array.astype(np.int64) if is_number else array.astype(object)
+
+
+def _index_ids(settings: SearchSettings, store: LocalFeatureStore) -> Any:
+    path = settings.index_ids
+    if path is None:
+        # An index of names has none of its own: as many vectors as sets are in the store's order.
+        return store.ids if store.manifest.ids == "string" else None
+    if not path.is_file():
+        raise FileNotFoundError(f"index_ids: no file {str(path)!r}")
+    if path.suffix == ".npy":
+        array = _load(path, "index_ids")
+        return array if array.dtype.kind in "iu" else [str(name) for name in array.tolist()]
+    names = path.read_text(encoding="utf-8").splitlines()
+    if store.manifest.ids == "string":
+        return names
+    if not all(name.strip().lstrip("-").isdecimal() for name in names):
+        raise ValueError(f"index_ids: expected a whole number in every line of {path.name}")
+    return np.array([int(name) for name in names], np.int64)
+
+
+def _read_arrays(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
+    path, channels = settings.queries, store.manifest.channels
+    if not path.is_file():
+        raise FileNotFoundError(f"queries: no file {str(path)!r}")
+    vectors: Any = None
+    ids: Any = None
+    if path.suffix == ".npz":
+        archive = _load(path, "queries")
+        if "nodes" not in archive:
+            raise ValueError(
+                f"queries: expected an array 'nodes' in {path.name}, "
+                f"got {', '.join(sorted(archive)) or 'none'}"
+            )
+        array, vectors, ids = (archive.get(name) for name in ("nodes", "global_vectors", "ids"))
+    else:
+        array = _load(path, "queries")
+    if array.dtype.kind != "f" or array.ndim not in (2, 3) or not array.size:
+        raise ValueError(
+            f"queries: expected floating-point sets [Q, N*D] or [Q, N, D] in {path.name}, "
+            f"got {array.dtype} {list(array.shape)}"
+        )
+    nodes = _float32(array)
+    if nodes.ndim == 2:
+        nodes = unpack(nodes, channels, name=f"queries ({path.name})")
+    if nodes.shape[2] != channels:
+        raise ValueError(
+            f"queries: {path.name} has nodes of {nodes.shape[2]} channels, the store "
+            f"{store.path.name} of {channels}; both must come from the same extractor"
+        )
+    check_finite(f"queries ({path.name})", nodes)
+    if ids is not None and ids.shape != (len(nodes),):
+        raise ValueError(f"queries: expected {len(nodes)} ids, got shape {list(ids.shape)}")
+    if settings.query_vectors is not None:
+        if not settings.query_vectors.is_file():
+            raise FileNotFoundError(f"query_vectors: no file {str(settings.query_vectors)!r}")
+        vectors = _load(settings.query_vectors, "query_vectors")
+    if vectors is None:
+        pooled = _pooled(nodes, store)
+    else:
+        if vectors.dtype.kind != "f" or vectors.ndim != 2 or len(vectors) != len(nodes):
+            raise ValueError(
+                f"query_vectors: expected floating point of shape [{len(nodes)}, G], "
+                f"got {vectors.dtype} {list(vectors.shape)}"
+            )
+        pooled = _float32(vectors)
+        check_finite("query_vectors", pooled)
+    return Queries(range(len(nodes)) if ids is None else ids.tolist(), nodes, pooled)
+
+
+def _pooled(nodes: Tensor, store: LocalFeatureStore) -> Tensor:
+    """Global vectors from nodes, as the store's extractor makes them."""
+    settings = store.manifest.extractor
+    pyramid = [int(size) for size in settings.get("pyramid", ())]
+    if settings.get("extractor") == "fcn" and 1 in pyramid:
+        place = sum(size * size for size in pyramid[: pyramid.index(1)])
+        if place < nodes.shape[1]:
+            return nodes[:, place]
+    if settings.get("extractor") in ("grid", "sampling"):
+        return nodes.mean(dim=1)
+    return global_vectors(nodes)
+
+
+def _extract(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
+    path = settings.queries
+    if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+        images = ImageList((path,), [path.name])
+    else:
+        images = read_image_list(path)
+    extraction = extraction_of(settings, store)
+    extractor = load_extractor(extraction)
+    check_same_extractor(store, _describe(extractor, extraction))
+    transform = extractor.evaluation_transform(
+        resize=extraction.resize, crop=extraction.crop, seed=extraction.seed
+    )
+    device = torch.device(settings.device)
+    extractor = extractor.to(device)
+    loader: DataLoader[Any] = DataLoader(
+        _Views(images, transform),
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        collate_fn=_collate,
+    )
+    rows: list[int] = []
+    nodes: list[Tensor] = []
+    pooled: list[Tensor] = []
+    skipped: dict[str, str] = {}
+    with (
+        torch.inference_mode(),
+        progress_counter("extracting queries", total=len(images), unit="image") as bar,
+    ):
+        for good, views, failures in loader:
+            for row, reason in failures:
+                if not settings.skip_errors:
+                    raise UnreadableImageError(
+                        f"{images.paths[row]}: {reason}. Restore or remove the image, or set "
+                        "skip_errors (--skip-errors) to go on without unreadable ones"
+                    )
+                skipped[str(images.ids[row])] = reason
+            if good:
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=extraction.bf16):
+                    batch_nodes, batch_pooled = extractor.with_global(views.to(device))
+                rows += good
+                nodes.append(batch_nodes.float().cpu())
+                pooled.append(batch_pooled.float().cpu())
+            bar.update(len(good) + len(failures))
+    if not rows:
+        raise ValueError(
+            f"queries: none of the {len(images)} images of {path.name} could be read; the first: "
+            f"{next(iter(skipped.values()))}"
+        )
+    ids = images.ids
+    chosen = ids[rows].tolist() if isinstance(ids, np.ndarray) else [ids[row] for row in rows]
+    found = torch.cat(nodes).clone(), torch.cat(pooled).clone()
+    check_finite("queries", found[0])
+    return Queries(chosen, *found, skipped, extractor)
+
+
+def extraction_of(settings: SearchSettings, store: LocalFeatureStore) -> ExtractImages:
+    """The settings with which the store's features were extracted, for more images.
+
+    Raises:
+        ValueError: If the manifest does not tell them.
+    """
+    made = store.manifest.extractor
+    missing = [name for name in ("extractor", "backbone", "resize", "crop") if name not in made]
+    if missing:
+        raise ValueError(
+            f"queries: the store {store.path.name} does not tell what made its features (no "
+            f"{', '.join(missing)} in its manifest), so images cannot be extracted alike; pass "
+            "arrays (.npy) of the same extractor"
+        )
+    known = ("extractor", "backbone", "layer", "pyramid", "include_map", "grid", "patches",
+             "patch_size", "resize", "crop", "bf16", "seed")  # fmt: skip
+    return ExtractImages(
+        images=settings.queries,
+        store=settings.store,
+        weights=settings.weights,
+        device=settings.device,
+        batch_size=settings.batch_size,
+        **{name: made[name] for name in known if name in made},
+    )
+
+
+def check_same_extractor(store: LocalFeatureStore, ours: Mapping[str, Any]) -> None:
+    """Raise unless the queries' features are made as the store's were.
+
+    Raises:
+        ValueError: Naming the first setting that differs.
+    """
+    made = store.manifest.extractor
+    for name in dict.fromkeys([*made, *ours]):
+        if name == "weights" and "weights_sha256" in made and "weights_sha256" in ours:
+            continue  # the file may have been renamed
+        if made.get(name) != ours.get(name):
+            hint = ""
+            if name.startswith("weights"):
+                hint = "; pass the same weights file again (--weights)"
+            raise ValueError(
+                f"{name}: the features of the store {store.path.name} were made with "
+                f"{made.get(name)!r}, those of the queries would be with {ours.get(name)!r}{hint}"
+            )
+
+
+def _load(path: Path, name: str) -> Any:
+    """An array of ``.npy``, or the arrays of ``.npz`` by name; nothing is unpickled."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return {key: loaded[key] for key in loaded.files}
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{name}: {path.name} is not readable ({error})") from error
+
+
+def _float32(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
+
+
+def skipped_table(skipped: Mapping[str, str]) -> pd.DataFrame:
+    """The images that were left out, for a file."""
+    return pd.DataFrame({"id": list(skipped), "reason": list(skipped.values())})

@@ -1,0 +1,72 @@
+"""Qdrant as a first stage, in its embedded local mode; a server speaks the same interface."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from emd_retrieval.retrieval import EMDReranker, LocalFeatureStore, QdrantShortlist
+
+qdrant = pytest.importorskip("qdrant_client", reason="needs the extra 'qdrant'")
+models = qdrant.models
+
+
+@pytest.fixture
+def vectors(generator):
+    return torch.randn(40, 8, generator=generator)
+
+
+def client_with(vectors, distance, payload=None):
+    client = qdrant.QdrantClient(":memory:")
+    client.create_collection("birds", vectors_config=models.VectorParams(size=8, distance=distance))
+    client.upsert(
+        "birds",
+        [
+            models.PointStruct(id=i, vector=v.tolist(), payload={"file": f"{i}.jpg"})
+            for i, v in enumerate(vectors)
+        ],
+    )
+    return client
+
+
+@pytest.mark.parametrize("distance", ["Cosine", "Dot", "Euclid"])
+def test_it_finds_the_nearest(vectors, distance):
+    unit = F.normalize(vectors, dim=1)
+    client = client_with(unit, models.Distance(distance))
+    shortlist = QdrantShortlist("birds", client=client)
+    found = shortlist.search(vectors[:3], 5)
+    scores, rows = (unit[:3] @ unit.T).topk(5, dim=1)
+    np.testing.assert_array_equal(found.ids, rows)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-4)
+    assert (shortlist.search(vectors[:1], 50).ids[0, 40:] == -1).all()
+
+
+def test_ids_from_the_payload_end_to_end(tmp_path, vectors):
+    client = client_with(vectors, models.Distance.COSINE)
+    shortlist = QdrantShortlist("birds", client=client, id_key="file")
+    names = [f"{i}.jpg" for i in range(40)]
+    path = tmp_path / "s"
+    with LocalFeatureStore.create(path, channels=8, nodes=1, ids="string") as writer:
+        writer.append(names, vectors[:, None])
+    store = LocalFeatureStore.open(path)
+    shortlist.check(store)
+    first = shortlist.search(vectors[:2], 6)
+    found = EMDReranker(store).rerank(vectors[:2, None], first.ids, first.scores, k=1, alpha=0.5)
+    assert found.ids.tolist() == [["0.jpg"], ["1.jpg"]]
+    with pytest.raises(ValueError, match=r"point 0 of 'birds' has no 'name' in its payload"):
+        QdrantShortlist("birds", client=client, id_key="name").check(store)
+    with pytest.raises(ValueError, match=r"has whole numbers as ids, the store s strings"):
+        QdrantShortlist("birds", client=client).check(store)
+
+
+def test_refusals(vectors):
+    client = client_with(vectors, models.Distance.MANHATTAN)
+    with pytest.raises(ValueError, match=r"metric Manhattan; expected Cosine, Dot or Euclid"):
+        QdrantShortlist("birds", client=client)
+    with pytest.raises(ValueError, match=r"no collection 'cats'; there are birds"):
+        QdrantShortlist("cats", client=client)
+    with pytest.raises(ValueError, match="one of url, path and client"):
+        QdrantShortlist("birds")
+    good = QdrantShortlist("birds", client=client_with(vectors, models.Distance.DOT))
+    with pytest.raises(ValueError, match=r"collection 'birds' has 8 dimensions, .* have 4"):
+        good.search(torch.ones(1, 4), 2)

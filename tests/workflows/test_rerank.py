@@ -1,0 +1,309 @@
+"""Re-ranking, searching and tuning from end to end, on stores made by ``extract``."""
+
+import json
+from dataclasses import replace
+
+import faiss
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_data import BACKBONE, CLASSES, write_images, write_weights
+
+from emd_retrieval.datasets import UnreadableImageError
+from emd_retrieval.matching import EMDMatcher
+from emd_retrieval.retrieval import LocalFeatureStore
+from emd_retrieval.workflows import (
+    ExtractImages,
+    RerankQueries,
+    SearchImage,
+    TuneReranking,
+    extract_images,
+    rerank_queries,
+    search_image,
+    tune_queries,
+)
+
+COUNT, NODES, CHANNELS = 60, 6, 16
+
+
+@pytest.fixture(scope="session")
+def image_store(tmp_path_factory, image_folder, weights):
+    path = tmp_path_factory.mktemp("stores") / "birds.store"
+    extract_images(
+        ExtractImages(
+            images=image_folder, store=path, backbone=BACKBONE, weights=weights, crop=64, resize=64
+        )
+    )
+    return path
+
+
+@pytest.fixture
+def gallery(tmp_path, generator):
+    """A store of numbers as ids, with classes that global vectors and nodes know of."""
+    labels = torch.arange(COUNT) % 6
+    centre = torch.randn(6, NODES, CHANNELS, generator=generator)
+    nodes = (centre[labels] + 0.9 * torch.randn(COUNT, NODES, CHANNELS, generator=generator)).relu()
+    path = tmp_path / "numbers.store"
+    with LocalFeatureStore.create(
+        path, channels=CHANNELS, nodes=NODES, codec="float32", global_channels=CHANNELS
+    ) as writer:
+        writer.append(np.arange(COUNT) + 500, nodes, nodes.mean(dim=1))
+    pd.DataFrame({"id": np.arange(COUNT) + 500, "label": labels}).to_csv(
+        tmp_path / "labels.csv", index=False
+    )
+    queries = nodes[:9] + 0.1
+    np.savez(
+        tmp_path / "queries.npz",
+        nodes=queries,
+        global_vectors=queries.mean(dim=1),
+        ids=np.arange(9) + 500,
+    )
+    np.save(tmp_path / "queries.npy", queries.flatten(1))
+    return path
+
+
+def settings_of(gallery, **changes):
+    here = gallery.parent
+    return replace(
+        RerankQueries(store=gallery, queries=here / "queries.npz", shortlist=20, k=5), **changes
+    )
+
+
+def test_images_against_an_index_of_the_stores_order(tmp_path, image_folder, image_store, weights):
+    store = LocalFeatureStore.open(image_store)
+    vectors = torch.nn.functional.normalize(store.global_vectors(), dim=1)
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors.numpy())
+    faiss.write_index(index, str(tmp_path / "gallery.faiss"))
+    record, ranking = rerank_queries(
+        RerankQueries(
+            store=image_store, queries=image_folder, weights=weights,
+            index=tmp_path / "gallery.faiss", k=3, shortlist=12,
+        ),
+        tmp_path / "out",
+    )  # fmt: skip
+    first = ranking[ranking["rank"] == 1]
+    assert (first["query"] == first["id"]).all()
+    np.testing.assert_allclose(first["similarity"], 1, atol=2e-3)
+    assert len(ranking) == 12 * 3
+    written = pd.read_parquet(tmp_path / "out" / "ranking.parquet")
+    pd.testing.assert_frame_equal(written, ranking)
+    assert json.loads((tmp_path / "out" / "rerank.json").read_text())["name"] == "rerank"
+    assert record.settings["index"] == "gallery.faiss"
+
+    _, others = rerank_queries(
+        RerankQueries(
+            store=image_store, queries=image_folder, weights=weights, k=3, shortlist=5,
+            exclude_self=True, format="csv",
+        ),
+        tmp_path / "out",
+    )  # fmt: skip
+    assert (others["query"] != others["id"]).all()
+    assert (tmp_path / "out" / "ranking.csv").exists()
+
+
+def test_arrays_against_a_table_are_what_the_matcher_says(tmp_path, gallery):
+    store = LocalFeatureStore.open(gallery)
+    rows = [(query, 500 + (7 * query + i) % COUNT, 1 - i / 20) for query in range(9)
+            for i in range(15)]  # fmt: skip
+    file = tmp_path / "candidates.parquet"
+    pd.DataFrame(rows, columns=["query", "id", "score"]).to_parquet(file)
+    _, ranking = rerank_queries(
+        settings_of(gallery, queries=tmp_path / "queries.npy", candidates=file, k=15)
+    )
+    queries = torch.from_numpy(np.load(tmp_path / "queries.npy")).view(9, NODES, CHANNELS)
+    for query, part in ranking.groupby("query"):
+        expected = EMDMatcher().paired(
+            queries[query].expand(15, -1, -1), store.nodes(part["id"].to_numpy() - 500)
+        )
+        np.testing.assert_allclose(part["similarity"], expected, atol=2e-6)
+        assert (np.diff(part["score"]) <= 0).all()
+
+
+def test_own_global_vectors_and_alpha(gallery):
+    _, by_emd = rerank_queries(settings_of(gallery))
+    record, mixed = rerank_queries(settings_of(gallery, alpha=0.2))
+    assert not by_emd["score"].equals(mixed["score"])
+    np.testing.assert_array_equal(by_emd["similarity"], by_emd["score"])
+    assert record.settings["first_stage"] == "IndexFlatIP"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"k": 21}, r"k: 21 answers do not fit into a shortlist of 20"),
+        ({"format": "xml"}, r"format: expected one of parquet, csv; got 'xml'"),
+        ({"index_parameters": {"nprobe": 3.0}}, r"index_parameters: they go with index"),
+        ({"collection": "birds"}, r"collection: it goes with qdrant"),
+        ({"alpha": 1.2}, r"alpha: expected 0 to 1"),
+    ],
+)
+def test_settings_that_do_not_fit(gallery, changes, words):
+    with pytest.raises(ValueError, match=words):
+        rerank_queries(settings_of(gallery, **changes))
+
+
+def test_inputs_that_do_not_fit(tmp_path, gallery, image_folder):
+    bad = tmp_path / "bad.npy"
+    for array, words in (
+        (np.ones((3, 4, 8), np.float32), r"nodes of 8 channels, the store numbers\.store of 16"),
+        (np.ones((3, 17), np.float32), r"multiple of channels = 16"),
+        (np.ones((3, 16), int), r"floating-point sets .* got int64 \[3, 16\]"),
+        (np.full((3, 16), np.nan, np.float32), r"queries \(bad\.npy\): expected finite"),
+        (np.array([{}], dtype=object), r"bad\.npy is not readable"),
+    ):
+        np.save(bad, array)
+        with pytest.raises(ValueError, match=words):
+            rerank_queries(settings_of(gallery, queries=bad))
+    with pytest.raises(FileNotFoundError, match=r"queries: no file"):
+        rerank_queries(settings_of(gallery, queries=tmp_path / "none.npy"))
+    with pytest.raises(ValueError, match=r"does not tell what made its features \(no extractor"):
+        rerank_queries(settings_of(gallery, queries=image_folder))
+    index = faiss.IndexFlatIP(8)
+    index.add(np.ones((COUNT + 500, 8), np.float32))
+    faiss.write_index(index, str(tmp_path / "other.faiss"))
+    with pytest.raises(ValueError, match=r"500 of its 560 ids of other\.faiss \(560 vectors\)"):
+        rerank_queries(settings_of(gallery, index=tmp_path / "other.faiss"))
+    index = faiss.index_factory(8, "IDMap,Flat")
+    index.add_with_ids(np.ones((COUNT, 8), np.float32), np.arange(COUNT) + 500)
+    faiss.write_index(index, str(tmp_path / "other.faiss"))
+    with pytest.raises(ValueError, match=r"other\.faiss has 8 dimensions, .* have 16"):
+        rerank_queries(settings_of(gallery, index=tmp_path / "other.faiss"))
+    with pytest.raises(ValueError, match=r"candidates: there is a first stage already, index"):
+        rerank_queries(
+            settings_of(gallery, index=tmp_path / "other.faiss", candidates=tmp_path / "c.csv")
+        )
+
+
+def test_a_store_of_another_extractor_is_refused(tmp_path, image_store, image_folder, weights):
+    plain = RerankQueries(store=image_store, queries=image_folder, k=2, shortlist=4)
+    with pytest.raises(ValueError, match=r"weights\w*: .* pass the same weights file again"):
+        rerank_queries(replace(plain, weights=write_weights(tmp_path / "x.safetensors", seed=1)))
+    renamed = tmp_path / "renamed.safetensors"
+    renamed.write_bytes(weights.read_bytes())
+    rerank_queries(replace(plain, weights=renamed))
+
+
+def test_empty_folders_and_unreadable_images(tmp_path, image_store, weights):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    plain = RerankQueries(
+        store=image_store, queries=empty, weights=weights, k=2, shortlist=4, format="csv"
+    )
+    with pytest.raises(FileNotFoundError, match="no image"):
+        rerank_queries(plain)
+    folder = write_images(tmp_path / "photos", per_class=1)
+    (folder / "broken.png").write_bytes(b"\x89PNG no picture")
+    some = replace(plain, queries=folder)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "ranking.csv").write_text("what was there")
+    with pytest.raises(UnreadableImageError, match=r"broken\.png.*--skip-errors"):
+        rerank_queries(some, output)
+    assert (output / "ranking.csv").read_text() == "what was there"
+    record, ranking = rerank_queries(replace(some, skip_errors=True), output)
+    assert ranking["query"].nunique() == len(CLASSES)
+    assert "1 query images could not be read" in record.notes[0]
+    assert pd.read_csv(output / "skipped.csv")["id"].tolist() == ["broken.png"]
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 4 images of photos could be read"):
+        rerank_queries(replace(some, skip_errors=True))
+
+
+def test_search_draws_the_answer(tmp_path, image_store, image_folder, weights):
+    settings = SearchImage(
+        store=image_store, queries=image_folder / "wren" / "01.png", weights=weights, k=4,
+        shortlist=8, images=image_folder,
+    )  # fmt: skip
+    record, ranking = search_image(settings, tmp_path / "out")
+    assert ranking["id"].tolist()[0] == "wren/01.png"
+    assert record.figures == ("answer.png", "match.png")
+    for name in record.figures:
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FileNotFoundError, match="none of the answers' files"):
+        search_image(replace(settings, images=tmp_path), tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="image: no file"):
+        search_image(replace(settings, queries=tmp_path / "none.png"))
+
+
+def test_tuning_scores_every_setting_and_chooses(tmp_path, gallery):
+    settings = TuneReranking(
+        store=gallery, queries=tmp_path / "queries.npz", labels=tmp_path / "labels.csv",
+        exclude_self=True, alphas=(0.0, 0.5, 1.0), sizes=(5, 30),
+    )  # fmt: skip
+    record, tuned = tune_queries(settings, tmp_path / "out")
+    table = tuned.table
+    assert len(table) == 6
+    for size in (5, 30):
+        alone = table[(table["alpha"] == 0) & (table["shortlist"] == size)].iloc[0]
+        assert {name: alone[name] for name in tuned.baseline} == pytest.approx(tuned.baseline)
+    chosen = table[(table["alpha"] == tuned.alpha) & (table["shortlist"] == tuned.shortlist)]
+    assert chosen["MAP@R"].iloc[0] >= table["MAP@R"].max() - 0.1
+    assert (tmp_path / "out" / "tradeoff.png").exists()
+    assert record.figures == ("tradeoff.png",)
+    # Held against the ranking itself: the same P@1 as rerank gives.
+    _, ranking = rerank_queries(
+        settings_of(gallery, exclude_self=True, shortlist=30, alpha=0.5, k=1)
+    )
+    labels = pd.read_csv(tmp_path / "labels.csv").set_index("id")["label"]
+    hits = labels[ranking["id"]].to_numpy() == labels[ranking["query"]].to_numpy()
+    half = table[(table["alpha"] == 0.5) & (table["shortlist"] == 30)]
+    assert half["P@1"].iloc[0] == pytest.approx(100 * hits.mean())
+    with pytest.raises(ValueError, match=r"no setting is within 1e-06 ms"):
+        tune_queries(replace(settings, budget_ms=1e-6))
+
+
+def test_tuning_wants_labels_and_depth(tmp_path, gallery):
+    settings = TuneReranking(
+        store=gallery, queries=tmp_path / "queries.npy", labels=tmp_path / "labels.csv"
+    )
+    with pytest.raises(ValueError, match=r"query_labels: 9 of 9 queries have no label"):
+        tune_queries(settings)
+    few = pd.read_csv(tmp_path / "labels.csv").iloc[:50]
+    few.to_csv(tmp_path / "few.csv", index=False)
+    known = replace(settings, queries=tmp_path / "queries.npz")
+    with pytest.raises(ValueError, match=r"labels: 10 of the 60 images of numbers\.store have no"):
+        tune_queries(replace(known, labels=tmp_path / "few.csv"))
+    np.savez(
+        tmp_path / "short.npz",
+        ids=np.arange(4)[None].repeat(9, 0) + 500,
+        queries=np.arange(9) + 500,
+    )
+    with pytest.raises(ValueError, match=r"at least 10 a query, the largest R .* got 4"):
+        tune_queries(replace(known, candidates=tmp_path / "short.npz"))
+    with pytest.raises(ValueError, match=r"sizes: expected at least one"):
+        tune_queries(replace(known, sizes=()))
+
+
+def test_an_index_whose_positions_have_names(tmp_path, image_folder, image_store, weights):
+    store = LocalFeatureStore.open(image_store)
+    backwards = store.ids[::-1]
+    vectors = store.global_vectors(store.rows_of(backwards))
+    index = faiss.IndexFlatL2(vectors.shape[1])
+    index.add(torch.nn.functional.normalize(vectors, dim=1).numpy())
+    faiss.write_index(index, str(tmp_path / "backwards.faiss"))
+    (tmp_path / "ids.txt").write_text("\n".join(backwards))
+    settings = RerankQueries(
+        store=image_store, queries=image_folder, weights=weights, k=1, shortlist=1,
+        index=tmp_path / "backwards.faiss", index_ids=tmp_path / "ids.txt",
+    )  # fmt: skip
+    _, ranking = rerank_queries(settings)
+    assert (ranking["query"] == ranking["id"]).all()
+    (tmp_path / "ids.txt").write_text("\n".join(backwards[1:]))
+    with pytest.raises(ValueError, match=r"each of the 12 vectors of backwards\.faiss, got 11"):
+        rerank_queries(settings)
+
+
+def test_global_vectors_of_arrays_follow_the_stores_rule(
+    tmp_path, image_folder, image_store, weights
+):
+    store = LocalFeatureStore.open(image_store)
+    np.save(tmp_path / "queries.npy", store.nodes())
+    by_images = RerankQueries(
+        store=image_store, queries=image_folder, weights=weights, k=2, shortlist=2
+    )
+    _, expected = rerank_queries(by_images)
+    _, found = rerank_queries(replace(by_images, queries=tmp_path / "queries.npy"))
+    assert found["id"].tolist() == expected["id"].tolist()
