@@ -108,6 +108,17 @@ class MetricLearningTask(lightning.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm. Lightning refuses to with a fused optimizer in bf16, where it may."""
+        if gradient_clip_val is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
     def _seed(self, number: int) -> None:
         # torch.manual_seed would queue a call, with a stack trace, for every kind of device that is
         # not in use; that takes longer than the embedder.

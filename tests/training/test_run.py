@@ -144,6 +144,7 @@ def test_bf16_and_worker_processes(tmp_path):
             **FINE_TUNED,
             "optimization__steps": 2,
             "optimization__bf16": True,
+            "optimization__gradient_clip": 1.0,
             "validation__folds": 0,
         }
     )
@@ -152,6 +153,21 @@ def test_bf16_and_worker_processes(tmp_path):
     one, other = (run.model.extractor.state_dict() for run in (with_workers, alone))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert all(value.dtype in (torch.float32, torch.int64) for value in one.values())
+
+
+def test_gradients_are_clipped_in_bf16_too(run, monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clipped(parameters, most):
+        clip(parameters, most)
+        squares = [p.grad.square().sum() for p in parameters if p.grad is not None]
+        norms.append(torch.stack(squares).sum().sqrt().item())
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    run(optimization__gradient_clip=1e-3, optimization__bf16=True, optimization__steps=3)
+    assert len(norms) == 3
+    assert 0 < max(norms) < 1.001e-3
 
 
 def test_a_finished_run_is_a_model(run, cache):
