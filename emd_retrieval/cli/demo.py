@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from emd_retrieval import workflows
-    from emd_retrieval.cli.printing import print_record, set_threads
+    from emd_retrieval.cli.options import set_threads
+    from emd_retrieval.cli.printing import print_record
     from emd_retrieval.datasets import demo_birds, save_image_folder
 
     set_threads(options.threads)

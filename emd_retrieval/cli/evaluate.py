@@ -110,7 +110,14 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
     """
     from emd_retrieval import workflows
     from emd_retrieval._checks import check_choice
-    from emd_retrieval.cli.printing import print_record, set_threads
+    from emd_retrieval.cli.options import (
+        refuse_beside_a_model,
+        refuse_other_extractors,
+        set_threads,
+        sizes,
+        torch_device,
+    )
+    from emd_retrieval.cli.printing import print_record
     from emd_retrieval.features.extraction import default_workers
     from emd_retrieval.matching import EMDMatcher
     from emd_retrieval.transport import available_solvers
@@ -118,9 +125,9 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
     set_threads(options.threads)
     _refuse_foreign(options, default)
     if options.model is None:
-        _refuse_other_extractors(options, default)
+        refuse_other_extractors(options, default)
     else:
-        _refuse_beside_a_model(options, default)
+        refuse_beside_a_model(options, default)
     check_choice("--solver", options.solver, available_solvers())
     output = options.output or Path("runs/evaluate")
     matcher = EMDMatcher(
@@ -141,9 +148,9 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
                 weights=options.weights,
                 layer=options.layer,
                 extractor=options.extractor,
-                pyramid=_levels("--pyramid", options.pyramid),
+                pyramid=sizes("--pyramid", options.pyramid),
                 include_map=options.include_map,
-                grid=_levels("--grid", options.grid),
+                grid=sizes("--grid", options.grid),
                 context=options.context,
                 patches=options.patches,
                 patch_size=options.patch_size,
@@ -152,7 +159,7 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
                 shortlist=shortlist,
                 matcher=matcher,
                 batch_size=options.batch_size,
-                device=_device(options.device),
+                device=torch_device(options.device),
                 bf16=options.bf16,
                 num_workers=default_workers() if options.workers is None else options.workers,
                 skip_errors=options.skip_errors,
@@ -199,26 +206,6 @@ def _shortlist(text: str) -> int | None:
     return int(text)
 
 
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: {name!r} cannot be used here ({reason})") from error
-    return name
-
-
-def _levels(option: str, text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
-        raise ValueError(f"{option}: expected sizes as in 3,2,1, got {text!r}")
-    return tuple(int(part) for part in parts)
-
-
 _MATCHING = ("shortlist", "ground_cost", "node_weights", "weight_floor", "solver")
 _READ_BY = {
     "--data": (
@@ -241,39 +228,3 @@ def _refuse_foreign(options: argparse.Namespace, default: Callable[[str], Any]) 
             continue
         readers = " or ".join(source for source, names in _READ_BY.items() if name in names)
         raise ValueError(f"--{name.replace('_', '-')} goes with {readers}, not with {chosen}")
-
-
-_EXTRACTOR_OPTIONS = {
-    "pyramid": ("fcn",),
-    "include_map": ("fcn",),
-    "grid": ("grid",),
-    "context": ("grid",),
-    "patches": ("sampling",),
-    "patch_size": ("grid", "sampling"),
-}
-
-
-def _refuse_other_extractors(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
-    """An option that the chosen extractor does not read would change nothing, without a word."""
-    for name, readers in _EXTRACTOR_OPTIONS.items():
-        if options.extractor not in readers and getattr(options, name) != default(name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} goes with --extractor {' or '.join(readers)}, "
-                f"not with {options.extractor}"
-            )
-
-
-_OF_A_MODEL = (
-    "backbone", "layer", "extractor", *_EXTRACTOR_OPTIONS, "resize", "crop", "ground_cost",
-    "node_weights", "weight_floor", "solver",
-)  # fmt: skip
-
-
-def _refuse_beside_a_model(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
-    """A trained run knows its backbone, extractor, views and matching."""
-    for name in _OF_A_MODEL:
-        if getattr(options, name) != default(name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} goes with --backbone, not with --model, whose recipe "
-                "says it already"
-            )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="the store")
 
     features = parser.add_argument_group("features")
+    features.add_argument(
+        "--model", type=Path, metavar="RUN", help="a trained run (emd-retrieval train), no backbone"
+    )
     features.add_argument(
         "--extractor", default="fcn", choices=["fcn", "grid", "sampling"], help="(fcn)"
     )
@@ -72,30 +77,45 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     work.add_argument("--device", default=None, help="torch device (cuda where there is one)")
     work.add_argument("--bf16", action="store_true", help="run the backbone in bfloat16")
     work.add_argument("--workers", type=int, metavar="N", help="decoding processes (by cores)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, default=parser.get_default))
     return parser
 
 
-def run(options: argparse.Namespace) -> None:
-    """Extract, and say what was stored."""
+def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
+    """Extract, and say what was stored.
+
+    Args:
+        options: What the user chose.
+        default: Gives an option's value where the user chose nothing.
+    """
     from emd_retrieval import workflows
-    from emd_retrieval.cli.evaluate import _device
-    from emd_retrieval.cli.printing import set_threads
+    from emd_retrieval.cli.options import (
+        refuse_beside_a_model,
+        refuse_other_extractors,
+        set_threads,
+        sizes,
+        torch_device,
+    )
     from emd_retrieval.features.extraction import default_workers
 
     set_threads(options.threads)
+    if options.model is None:
+        refuse_other_extractors(options, default)
+    else:
+        refuse_beside_a_model(options, default)
     part, parts = _shard(options.shard)
     done = workflows.extract_images(
         workflows.ExtractImages(
             images=options.images,
             store=options.store,
+            model=options.model,
             extractor=options.extractor,
             backbone=options.backbone,
             weights=options.weights,
             layer=options.layer,
-            pyramid=_sizes("--pyramid", options.pyramid),
+            pyramid=sizes("--pyramid", options.pyramid),
             include_map=options.include_map,
-            grid=_sizes("--grid", options.grid),
+            grid=sizes("--grid", options.grid),
             patches=options.patches,
             patch_size=options.patch_size,
             resize=options.resize,
@@ -103,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
             codec=options.codec,
             global_vectors=options.global_vectors,
             batch_size=options.batch_size,
-            device=_device(_local_device(options.device)),
+            device=torch_device(_local_device(options.device)),
             bf16=options.bf16,
             num_workers=default_workers() if options.workers is None else options.workers,
             skip_errors=options.skip_errors,
@@ -122,13 +142,6 @@ def run(options: argparse.Namespace) -> None:
         print("the store is there once the other shards are done")
     elif parts > 1:
         print(f"all {parts} shards are done; the store is whole")
-
-
-def _sizes(option: str, text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{option}: expected sizes as in 3,2,1, got {text!r}")
-    return tuple(int(part) for part in parts)
 
 
 def _shard(text: str | None) -> tuple[int, int]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from emd_retrieval.records import ResultRecord, markdown_table
 
 
@@ -20,12 +18,3 @@ def print_record(record: ResultRecord, output: Path) -> None:
         print(f"- {note}")
     files = ", ".join(sorted(file.name for file in output.iterdir() if file.is_file()))
     print(f"\nwritten to {output}: {files}")
-
-
-def set_threads(threads: int | None) -> None:
-    """Use this many CPU threads for torch and the transport solver; all by default."""
-    if threads is None:
-        return
-    if threads < 1:
-        raise ValueError(f"--threads: expected 1 or more, got {threads}")
-    torch.set_num_threads(threads)

@@ -53,6 +53,9 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     """Store, first stage, matching and device."""
     parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="see extract")
     parser.add_argument(
+        "--model", type=Path, metavar="RUN", help="the trained run that the store was made with"
+    )
+    parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="the weights file that the store was made with"
     )
     first = parser.add_argument_group("first stage (the store's global vectors by default)")
@@ -72,16 +75,14 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     first.add_argument("--collection", metavar="NAME", help="the Qdrant collection")
     first.add_argument("--id-key", metavar="KEY", help="payload entry with the store's id")
 
-    matching = parser.add_argument_group("matching")
+    matching = parser.add_argument_group("matching (as the store's model was trained)")
     matching.add_argument(
-        "--ground-cost", default="cosine", choices=["cosine", "centered_cosine", "snr"],
-        help="(cosine)",
-    )  # fmt: skip
+        "--ground-cost", choices=["cosine", "centered_cosine", "snr"], help="(cosine)"
+    )
     matching.add_argument(
-        "--node-weights", default="cross_reference", choices=["cross_reference", "uniform"],
-        help="(cross_reference)",
-    )  # fmt: skip
-    matching.add_argument("--solver", default="simplex", help="transport solver (simplex)")
+        "--node-weights", choices=["cross_reference", "uniform"], help="(cross_reference)"
+    )
+    matching.add_argument("--solver", help="transport solver (simplex)")
 
     work = parser.add_argument_group("work")
     work.add_argument("--device", help="torch device (cuda where there is one)")
@@ -104,16 +105,21 @@ def add_answer_options(parser: argparse.ArgumentParser, k: int = 10) -> None:
 def search_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of :class:`SearchSettings` that all three commands read."""
     from emd_retrieval._checks import check_choice
-    from emd_retrieval.cli.evaluate import _device
-    from emd_retrieval.cli.printing import set_threads
+    from emd_retrieval.cli.options import set_threads, torch_device
     from emd_retrieval.features.extraction import default_workers
-    from emd_retrieval.matching import EMDMatcher
     from emd_retrieval.transport import available_solvers
 
     set_threads(options.threads)
-    check_choice("--solver", options.solver, available_solvers())
+    if options.solver is not None:
+        check_choice("--solver", options.solver, available_solvers())
+    matching = {
+        "ground_cost": options.ground_cost,
+        "weights": options.node_weights,
+        "solver": options.solver,
+    }
     return {
         "store": options.store,
+        "model": options.model,
         "weights": options.weights,
         "index": options.index,
         "index_ids": options.index_ids,
@@ -122,10 +128,8 @@ def search_settings(options: argparse.Namespace) -> dict[str, Any]:
         "qdrant": options.qdrant,
         "collection": options.collection,
         "id_key": options.id_key,
-        "matcher": EMDMatcher(
-            ground_cost=options.ground_cost, weights=options.node_weights, solver=options.solver
-        ),
-        "device": _device(options.device),
+        "matching": {name: value for name, value in matching.items() if value is not None},
+        "device": torch_device(options.device),
         "batch_size": options.batch_size,
         "num_workers": default_workers() if options.workers is None else options.workers,
     }

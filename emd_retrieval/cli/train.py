@@ -63,15 +63,14 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 def machine_of(options: argparse.Namespace) -> Any:
     """What :func:`add_machine`'s options say."""
     from emd_retrieval import workflows
-    from emd_retrieval.cli.evaluate import _device
-    from emd_retrieval.cli.printing import set_threads
+    from emd_retrieval.cli.options import set_threads, torch_device
     from emd_retrieval.features.extraction import default_workers
 
     set_threads(options.threads)
     return workflows.Machine(
         cache=options.cache,
         weights=options.weights,
-        device=_device(options.device),
+        device=torch_device(options.device),
         num_workers=default_workers() if options.workers is None else options.workers,
     )
 

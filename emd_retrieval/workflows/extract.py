@@ -10,25 +10,25 @@ import csv
 import hashlib
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from emd_retrieval._files import check_folder
-from emd_retrieval.datasets import UnreadableImageError, decode_rgb, image_files
-from emd_retrieval.datasets.image_folder import IMAGE_SUFFIXES
+from emd_retrieval.datasets import UnreadableImageError
 from emd_retrieval.features import Extractor, build_extractor, load_backbone
 from emd_retrieval.progress import progress_counter
 from emd_retrieval.retrieval import LocalFeatureStore, StoreWriter
 from emd_retrieval.retrieval.store import create_part, join_parts, parts_started
+from emd_retrieval.training.model import WEIGHTS_FILE
+from emd_retrieval.workflows.images import ImageList, ImageViews, collate_views, read_image_list
+from emd_retrieval.workflows.models import load_run
 
 SKIPPED = "skipped.csv"
 _PARTIAL = f"{SKIPPED}.partial"
@@ -44,6 +44,7 @@ class ExtractImages:
             (.parquet, .csv) with a column ``path`` and optionally ``id``. Paths in files are
             relative to the file's folder.
         store: The store's folder.
+        model: A trained run, in place of extractor, backbone and sizes.
         extractor: ``"fcn"``, ``"grid"`` or ``"sampling"``.
         backbone: A timm model.
         weights: Local weights file; timm's hub by default.
@@ -69,6 +70,7 @@ class ExtractImages:
 
     images: Path
     store: Path
+    model: Path | None = None
     extractor: str = "fcn"
     backbone: str = "resnet50"
     weights: Path | None = None
@@ -113,27 +115,6 @@ class ExtractedStore:
     joined: bool
 
 
-@dataclass(frozen=True)
-class ImageList:
-    """Images by id.
-
-    Attributes:
-        paths: One a file.
-        ids: One a file, each once: strings, or int64.
-    """
-
-    paths: tuple[Path, ...]
-    ids: list[str] | NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def part(self, number: int, count: int) -> ImageList:
-        """One of ``count`` runs of the list; behind one another they are the list."""
-        start, end = (len(self) * i // count for i in (number, number + 1))
-        return ImageList(self.paths[start:end], self.ids[start:end])
-
-
 def extract_images(settings: ExtractImages) -> ExtractedStore:
     """Extract the local features of images into a store; what is stored already is passed over.
 
@@ -165,17 +146,15 @@ def extract_images(settings: ExtractImages) -> ExtractedStore:
                 f"store: {settings.store} was started by {started} processes; go on with "
                 f"{started} (torchrun, or --shard 0/{started} and so on), or use another store"
             )
-    extractor = load_extractor(settings)
-    transform = extractor.evaluation_transform(
-        resize=settings.resize, crop=settings.crop, seed=settings.seed
-    )
+    extraction = load_extraction(settings)
+    extractor = extraction.extractor
     shape: dict[str, Any] = {
         "channels": extractor.channels,
-        "nodes": _num_nodes(extractor, settings),
+        "nodes": _num_nodes(extraction),
         "codec": settings.codec,
         "global_channels": extractor.channels if settings.global_vectors else None,
         "ids": "int64" if isinstance(everything.ids, np.ndarray) else "string",
-        "extractor": _describe(extractor, settings),
+        "extractor": extraction.described,
     }
     writer: StoreWriter | None
     if settings.parts == 1:
@@ -185,7 +164,7 @@ def extract_images(settings: ExtractImages) -> ExtractedStore:
     if writer is None:
         return _joined_before(settings, mine)
     with writer:
-        run = _Run(settings, mine, extractor, transform, writer)
+        run = _Run(settings, mine, extraction, writer)
         stored = run.store_all()
     joined = settings.parts == 1 or join_parts(
         settings.store, settings.parts, before=lambda parts: _join_skipped(settings.store, parts)
@@ -194,56 +173,66 @@ def extract_images(settings: ExtractImages) -> ExtractedStore:
     return ExtractedStore(settings.store, len(mine), stored, run.there, skipped, joined)
 
 
-def load_extractor(settings: ExtractImages) -> Extractor:
-    """The extractor of the settings, in evaluation mode."""
-    backbone = load_backbone(settings.backbone, weights=settings.weights, layer=settings.layer)
-    extractor = build_extractor(
-        settings.extractor,
-        backbone,
-        pyramid=settings.pyramid,
-        include_map=settings.include_map,
-        grid=settings.grid,
-        patches=settings.patches,
-        patch_size=settings.patch_size,
-    )
-    return extractor.eval()
+@dataclass(frozen=True)
+class Extraction:
+    """An extractor, ready, with what it does to an image.
+
+    Attributes:
+        extractor: In evaluation mode.
+        transform: Views of a PIL image.
+        crop: Side of the centre crop, in pixels.
+        described: All that decides the features, as plain values, for a store's manifest.
+    """
+
+    extractor: Extractor
+    transform: Callable[[Any], Tensor]
+    crop: int
+    described: Mapping[str, Any]
 
 
-def read_image_list(path: Path) -> ImageList:
-    """The images of a folder, a list or a table; order and ids are those of the source.
+def load_extraction(settings: ExtractImages) -> Extraction:
+    """The extractor of the settings, or of the trained run that they name.
 
     Raises:
-        FileNotFoundError: If there is nothing there, or not one image.
-        ValueError: If a table has no column ``path``, or an id appears twice.
+        FileNotFoundError: If weights or the run are missing.
+        ValueError: If the backbone, the weights or the run cannot be used.
     """
-    if path.is_dir():
-        files = sorted(image_files(path))
-        images = ImageList(tuple(files), [file.relative_to(path).as_posix() for file in files])
-    elif not path.is_file():
-        raise FileNotFoundError(f"images: no folder or file {str(path)!r}")
-    elif path.suffix in (".parquet", ".pq", ".csv"):
-        images = _read_table(path)
+    source: dict[str, Any] = {"weights": "timm's hub"}
+    if settings.weights is not None:
+        source = {"weights": settings.weights.name, "weights_sha256": _sha256(settings.weights)}
+    resize, crop = settings.resize, settings.crop
+    if settings.model is not None:
+        model = load_run(settings.model, weights=settings.weights)
+        extractor, resize, crop = model.extractor, model.resize, model.crop
+        source |= {
+            "model": settings.model.resolve().name,
+            "model_sha256": _sha256(settings.model / WEIGHTS_FILE),
+            "matching": model.matcher.describe(),
+        }
     else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"images: {path.name} is no list of paths (not UTF-8 text); expected a folder, a "
-                "text file with a path a line, or a table (.parquet, .csv)"
-            ) from error
-        names = [line.strip() for line in lines if line.strip()]
-        images = ImageList(tuple(path.parent / name for name in names), names)
-    if not len(images):
-        what = f"no image ({', '.join(sorted(IMAGE_SUFFIXES))})" if path.is_dir() else "no path"
-        raise FileNotFoundError(f"images: {path} has {what} in it")
-    values: list[Any] = images.ids.tolist() if isinstance(images.ids, np.ndarray) else images.ids
-    twice = pd.Series(values).duplicated()
-    if twice.any():
-        raise ValueError(
-            f"images: {int(twice.sum())} ids of {path.name} appear twice, the first is "
-            f"{values[int(twice.argmax())]!r}"
+        backbone = load_backbone(settings.backbone, weights=settings.weights, layer=settings.layer)
+        extractor = build_extractor(
+            settings.extractor,
+            backbone,
+            pyramid=settings.pyramid,
+            include_map=settings.include_map,
+            grid=settings.grid,
+            patches=settings.patches,
+            patch_size=settings.patch_size,
         )
-    return images
+    return Extraction(
+        extractor.eval(),
+        extractor.evaluation_transform(resize=resize, crop=crop, seed=settings.seed),
+        crop,
+        {
+            **extractor.describe(),
+            **source,
+            "resize": resize,
+            "crop": crop,
+            "bf16": settings.bf16,
+            "seed": settings.seed,
+        },
+    )
 
 
 class _Run:
@@ -253,14 +242,13 @@ class _Run:
         self,
         settings: ExtractImages,
         images: ImageList,
-        extractor: Extractor,
-        transform: Any,
+        extraction: Extraction,
         writer: StoreWriter,
     ) -> None:
         self.settings = settings
         self.images = images
-        self.extractor = extractor.to(settings.device)
-        self.transform = transform
+        self.extractor = extraction.extractor.to(settings.device)
+        self.transform = extraction.transform
         self.writer = writer
         stored = writer.contains(images.ids).numpy()
         self.there = int(stored.sum())
@@ -287,10 +275,10 @@ class _Run:
         """Extract and store what is missing; returns how many images."""
         stored, committed = 0, time.monotonic()
         loader: DataLoader[Any] = DataLoader(
-            _Views(self.images, self.transform),
+            ImageViews(self.images, self.transform),
             batch_sampler=self.batches,
             num_workers=self.settings.num_workers,
-            collate_fn=_collate,
+            collate_fn=collate_views,
             pin_memory=torch.device(self.settings.device).type == "cuda",
         )
         shown = "extracting" if self.settings.part == 0 else None
@@ -351,33 +339,6 @@ class _Run:
             write_skipped(self.writer.path, self.skipped)
 
 
-class _Views(Dataset[tuple[int, Tensor | None, str]]):
-    """Item ``i``: its number, its views or ``None``, and why there are none."""
-
-    def __init__(self, images: ImageList, transform: Any) -> None:
-        self.images = images
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
-        path = self.images.paths[index]
-        try:
-            return index, self.transform(decode_rgb(path)), ""
-        except UnreadableImageError as error:
-            return index, None, str(error).removeprefix(f"{path}: ")
-
-
-def _collate(
-    items: list[tuple[int, Tensor | None, str]],
-) -> tuple[list[int], Tensor | None, list[tuple[int, str]]]:
-    views = [(row, view) for row, view, _ in items if view is not None]
-    failures = [(row, reason) for row, view, reason in items if view is None]
-    stacked = torch.stack([view for _, view in views]) if views else None
-    return [row for row, _ in views], stacked, failures
-
-
 def read_skipped(store: Path) -> dict[str, tuple[int, str]]:
     """Ids of images that were left out: how many were stored before their batch, and why."""
     path = store / SKIPPED
@@ -434,47 +395,14 @@ def _joined_before(settings: ExtractImages, images: ImageList) -> ExtractedStore
     )
 
 
-def _num_nodes(extractor: Extractor, settings: ExtractImages) -> int:
+def _num_nodes(extraction: Extraction) -> int:
     """N, tried out where it depends on the size of the images."""
+    extractor, crop = extraction.extractor, extraction.crop
     if extractor.num_nodes is not None:
         return extractor.num_nodes
     with torch.inference_mode():
-        return int(extractor(torch.zeros(1, 3, settings.crop, settings.crop)).shape[1])
+        return int(extractor(torch.zeros(1, 3, crop, crop)).shape[1])
 
 
-def _describe(extractor: Extractor, settings: ExtractImages) -> dict[str, Any]:
-    """All that decides the features, as plain values, for the store's manifest."""
-    weights: dict[str, Any] = {"weights": "timm's hub"}
-    if settings.weights is not None:
-        digest = hashlib.sha256(settings.weights.read_bytes()).hexdigest()
-        weights = {"weights": settings.weights.name, "weights_sha256": digest}
-    return {
-        **extractor.describe(),
-        **weights,
-        "resize": settings.resize,
-        "crop": settings.crop,
-        "bf16": settings.bf16,
-        "seed": settings.seed,
-    }
-
-
-def _read_table(path: Path) -> ImageList:
-    try:
-        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"images: {path.name} is not a readable table ({error})") from error
-    if "path" not in table:
-        raise ValueError(
-            f"images: expected a column 'path' in {path.name}, got "
-            f"{', '.join(map(str, table.columns)) or 'no columns'}"
-        )
-    for name in {"path", "id"} & set(table.columns):
-        if table[name].isna().any():
-            raise ValueError(f"images: {path.name} has rows without a value for {name!r}")
-    names = [str(name) for name in table["path"]]
-    paths = tuple(path.parent / name for name in names)
-    if "id" not in table:
-        return ImageList(paths, names)
-    if pd.api.types.is_integer_dtype(table["id"]):
-        return ImageList(paths, table["id"].to_numpy(dtype=np.int64))
-    return ImageList(paths, [str(name) for name in table["id"]])
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -151,11 +151,11 @@ def read_ranking(path: Path, labels: Path, query_labels: Path | None) -> Ranking
             _check_numbers(table[order], path)
             table = table.sort_values(order, ascending=ascending, kind="stable")
             break
-    gallery = _labelled(labels)
+    gallery = read_label_table(labels)
     same = query_labels is None
     if same:
         table = table[table["query"] != table["id"]]
-    label_of_query = gallery if query_labels is None else _labelled(query_labels)
+    label_of_query = gallery if query_labels is None else read_label_table(query_labels)
     queries = sorted(set(table["query"].tolist()), key=str)
     _check_known("queries", queries, label_of_query, path, query_labels or labels)
     _check_known("ids", table["id"].tolist(), gallery, path, labels)
@@ -194,7 +194,7 @@ def read_ranking(path: Path, labels: Path, query_labels: Path | None) -> Ranking
     return RankingTable(Ranking(rows, scores), tuple(queries), query_numbers, gallery_numbers, same)
 
 
-def _labelled(path: Path) -> dict[Any, Any]:
+def read_label_table(path: Path) -> dict[Any, Any]:
     """Label of each id of a table with both columns."""
     table = _read_table(path)
     ids, labels = (_column(table, name, path) for name in ("id", "label"))

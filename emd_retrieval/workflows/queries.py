@@ -28,15 +28,8 @@ from emd_retrieval.retrieval import (
     QdrantShortlist,
     Shortlist,
 )
-from emd_retrieval.workflows.extract import (
-    ExtractImages,
-    ImageList,
-    _collate,
-    _describe,
-    _Views,
-    load_extractor,
-    read_image_list,
-)
+from emd_retrieval.workflows.extract import ExtractImages, load_extraction
+from emd_retrieval.workflows.images import ImageList, ImageViews, collate_views, read_image_list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +43,7 @@ class SearchSettings:
             ``global_vectors`` and ``ids``.
         query_vectors: Global vectors of queries that are arrays, ``.npy``; by default the store's
             rule makes them from the nodes.
+        model: The trained run that the store was made with, if it was.
         weights: The backbone's weights file, where the store was made with one.
         index: A FAISS index of the gallery's global vectors. Without it, ``candidates`` or
             ``qdrant``, the store's own global vectors are searched.
@@ -60,7 +54,7 @@ class SearchSettings:
         collection: The Qdrant collection.
         id_key: Entry of the points' payload that holds the store's id.
         shortlist: Candidates of a query that are compared by EMD.
-        matcher: The EMD similarity.
+        matching: Fields of :class:`EMDMatcher` in place of those of the store's model.
         exclude_self: Leave the query's own id out of its answer.
         device: Torch device of the backbone and of the comparison.
         batch_size: Images a forward pass.
@@ -71,6 +65,7 @@ class SearchSettings:
     store: Path
     queries: Path
     query_vectors: Path | None = None
+    model: Path | None = None
     weights: Path | None = None
     index: Path | None = None
     index_ids: Path | None = None
@@ -80,7 +75,7 @@ class SearchSettings:
     collection: str | None = None
     id_key: str | None = None
     shortlist: int = 100
-    matcher: EMDMatcher = field(default_factory=EMDMatcher)
+    matching: Mapping[str, Any] = field(default_factory=dict)
     exclude_self: bool = False
     device: str = "cpu"
     batch_size: int = 32
@@ -108,6 +103,15 @@ class Queries:
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+
+def matcher_of(settings: SearchSettings, store: LocalFeatureStore) -> EMDMatcher:
+    """The similarity that the store's model was trained for, or what the settings put in its place.
+
+    Raises:
+        ValueError: If a name is unknown or a number out of range.
+    """
+    return EMDMatcher(**{**store.manifest.extractor.get("matching", {}), **settings.matching})
 
 
 def read_queries(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
@@ -275,19 +279,16 @@ def _extract(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
         images = ImageList((path,), [path.name])
     else:
         images = read_image_list(path)
-    extraction = extraction_of(settings, store)
-    extractor = load_extractor(extraction)
-    check_same_extractor(store, _describe(extractor, extraction))
-    transform = extractor.evaluation_transform(
-        resize=extraction.resize, crop=extraction.crop, seed=extraction.seed
-    )
+    made = extraction_of(settings, store)
+    extraction = load_extraction(made)
+    check_same_extractor(store, extraction.described)
     device = torch.device(settings.device)
-    extractor = extractor.to(device)
+    extractor = extraction.extractor.to(device)
     loader: DataLoader[Any] = DataLoader(
-        _Views(images, transform),
+        ImageViews(images, extraction.transform),
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
-        collate_fn=_collate,
+        collate_fn=collate_views,
     )
     rows: list[int] = []
     nodes: list[Tensor] = []
@@ -306,7 +307,7 @@ def _extract(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
                     )
                 skipped[str(images.ids[row])] = reason
             if good:
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=extraction.bf16):
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=made.bf16):
                     batch_nodes, batch_pooled = extractor.with_global(views.to(device))
                 rows += good
                 nodes.append(batch_nodes.float().cpu())
@@ -331,6 +332,11 @@ def extraction_of(settings: SearchSettings, store: LocalFeatureStore) -> Extract
         ValueError: If the manifest does not tell them.
     """
     made = store.manifest.extractor
+    if "model" in made and settings.model is None:
+        raise ValueError(
+            f"queries: the features of the store {store.path.name} were made with the trained run "
+            f"{made['model']!r}; pass it again (--model RUN), or arrays (.npy) of the same model"
+        )
     missing = [name for name in ("extractor", "backbone", "resize", "crop") if name not in made]
     if missing:
         raise ValueError(
@@ -343,6 +349,7 @@ def extraction_of(settings: SearchSettings, store: LocalFeatureStore) -> Extract
     return ExtractImages(
         images=settings.queries,
         store=settings.store,
+        model=settings.model,
         weights=settings.weights,
         device=settings.device,
         batch_size=settings.batch_size,
@@ -358,12 +365,14 @@ def check_same_extractor(store: LocalFeatureStore, ours: Mapping[str, Any]) -> N
     """
     made = store.manifest.extractor
     for name in dict.fromkeys([*made, *ours]):
-        if name == "weights" and "weights_sha256" in made and "weights_sha256" in ours:
+        if f"{name}_sha256" in made and f"{name}_sha256" in ours:
             continue  # the file may have been renamed
         if made.get(name) != ours.get(name):
             hint = ""
             if name.startswith("weights"):
                 hint = "; pass the same weights file again (--weights)"
+            elif name.startswith("model"):
+                hint = "; pass the same run again (--model)"
             raise ValueError(
                 f"{name}: the features of the store {store.path.name} were made with "
                 f"{made.get(name)!r}, those of the queries would be with {ours.get(name)!r}{hint}"

@@ -24,6 +24,7 @@ from emd_retrieval.workflows.queries import (
     Queries,
     SearchSettings,
     first_stage,
+    matcher_of,
     own_ids,
     read_queries,
     skipped_table,
@@ -95,7 +96,7 @@ def rerank_queries(
         tables={"rerank": summary},
         settings={
             **stage.describe(),
-            **settings.matcher.describe(),
+            **matcher_of(settings, store).describe(),
             "shortlist": settings.shortlist,
             "k": settings.k,
             "alpha": settings.alpha,
@@ -152,7 +153,7 @@ def rerank(
         raise ValueError(
             f"k: expected at most {depth}, as many candidates as there are, got {settings.k}"
         )
-    reranker = EMDReranker(store, settings.matcher, device=settings.device)
+    reranker = EMDReranker(store, matcher_of(settings, store), device=settings.device)
     return reranker.rerank(
         queries.nodes.numpy(),
         first.ids,

@@ -15,7 +15,13 @@ from emd_retrieval.records import ResultRecord
 from emd_retrieval.reports import MatchPicture, match_figure, save_figure
 from emd_retrieval.reports.answers import answer_figure
 from emd_retrieval.retrieval import LocalFeatureStore
-from emd_retrieval.workflows.queries import Queries, extraction_of, first_stage, read_queries
+from emd_retrieval.workflows.queries import (
+    Queries,
+    extraction_of,
+    first_stage,
+    matcher_of,
+    read_queries,
+)
 from emd_retrieval.workflows.rerank import (
     RerankQueries,
     candidates_of,
@@ -77,7 +83,7 @@ def search_image(
         tables={"answers": ranking.drop(columns="query")},
         settings={
             **stage.describe(),
-            **settings.matcher.describe(),
+            **matcher_of(settings, store).describe(),
             "shortlist": settings.shortlist,
             "k": settings.k,
             "alpha": settings.alpha,
@@ -133,7 +139,7 @@ def _save_pictures(
     if both[0] is None or both[1] is None or not both[0].equal(both[1]):
         return files
     answer = store.nodes(store.rows_of(ranking["id"].tolist()[:1]))[0]
-    match = settings.matcher.match(queries.nodes[0], answer)
+    match = matcher_of(settings, store).match(queries.nodes[0], answer)
     view = queries.extractor.evaluation_view(resize=made.resize, crop=made.crop)
     picture = MatchPicture(
         query=view(query),

@@ -24,11 +24,12 @@ from emd_retrieval.retrieval.tuning import (
     relevance,
     tune_reranking,
 )
-from emd_retrieval.workflows.inputs import _labelled
+from emd_retrieval.workflows.inputs import read_label_table
 from emd_retrieval.workflows.queries import (
     Queries,
     SearchSettings,
     first_stage,
+    matcher_of,
     own_ids,
     read_queries,
 )
@@ -78,7 +79,7 @@ def tune_queries(
     for size in settings.sizes:
         check_positive("sizes", size)
     store = LocalFeatureStore.open(settings.store)
-    label_of = _labelled(settings.labels)
+    label_of = read_label_table(settings.labels)
     queries = read_queries(settings, store)
     labels = _query_labels(settings, queries, label_of)
     relevant = _relevant(settings, queries, store, labels, label_of)
@@ -88,7 +89,7 @@ def tune_queries(
     deep = replace(settings, shortlist=min(depth, most))
     candidates = candidates_of(deep, stage, store, queries)
     tuned = tune_reranking(
-        EMDReranker(store, settings.matcher, device=settings.device),
+        EMDReranker(store, matcher_of(settings, store), device=settings.device),
         queries.nodes,
         candidates,
         relevance(candidates, labels, label_of),
@@ -106,7 +107,7 @@ def tune_queries(
         tables={"settings": tuned.table},
         settings={
             **stage.describe(),
-            **settings.matcher.describe(),
+            **matcher_of(settings, store).describe(),
             "metric": settings.metric,
             "budget_ms": settings.budget_ms,
         },
@@ -138,7 +139,7 @@ def tune_queries(
 
 
 def _query_labels(settings: TuneReranking, queries: Queries, label_of: dict[Any, Any]) -> list[Any]:
-    known = label_of if settings.query_labels is None else _labelled(settings.query_labels)
+    known = label_of if settings.query_labels is None else read_label_table(settings.query_labels)
     missing = [name for name in queries.ids if name not in known]
     if missing:
         raise ValueError(

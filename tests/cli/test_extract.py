@@ -107,7 +107,9 @@ def test_skipped_images_are_counted(command, store, image_folder, tmp_path, caps
     ("options", "message"),
     [
         (["--shard", "2/2"], "--shard: expected I/N with I from 0 to N - 1, as in 0/2; got '2/2'"),
-        (["--grid", "3,x"], "--grid: expected sizes as in 3,2,1, got '3,x'"),
+        (["--pyramid", "3,x"], "--pyramid: expected sizes as in 3,2,1, got '3,x'"),
+        (["--grid", "3"], "--grid goes with --extractor grid, not with fcn"),
+        (["--model", "run"], "--backbone does not go with --model, whose recipe says it already"),
         (["--images", "nowhere"], "images: no folder or file 'nowhere'"),
         (["--codec", "int4"], "argument --codec: invalid choice: 'int4'"),
         (["--device", "abacus"], "--device: 'abacus' cannot be used here"),

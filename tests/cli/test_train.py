@@ -53,7 +53,7 @@ def test_train_and_evaluate_the_run(command, cub, tmp_path, capsys):
     assert record["settings"]["model"] == "run"
     assert record["settings"]["resize"] == 36
     assert main([*evaluate, "--crop", "30"]) == 2
-    assert one_line(capsys).startswith("--crop goes with --backbone, not with --model, whose rec")
+    assert one_line(capsys).startswith("--crop does not go with --model, whose recipe")
 
 
 def test_validate_only(command, capsys):

@@ -18,7 +18,8 @@ from emd_retrieval.datasets import ImageDataset, UnreadableImageError, load_imag
 from emd_retrieval.features import FCNExtractor, extract_features, load_backbone
 from emd_retrieval.retrieval import LocalFeatureStore, StoreLockedError
 from emd_retrieval.workflows import ExtractImages, extract, extract_images
-from emd_retrieval.workflows.extract import read_image_list, read_skipped
+from emd_retrieval.workflows.extract import read_skipped
+from emd_retrieval.workflows.images import read_image_list
 
 
 @pytest.fixture

@@ -17,12 +17,15 @@ from emd_retrieval.workflows import (
     ExtractImages,
     RerankQueries,
     SearchImage,
+    TrainRecipe,
     TuneReranking,
     extract_images,
     rerank_queries,
     search_image,
+    train_recipe,
     tune_queries,
 )
+from emd_retrieval.workflows.train import Machine
 
 COUNT, NODES, CHANNELS = 60, 6, 16
 
@@ -68,6 +71,42 @@ def settings_of(gallery, **changes):
     return replace(
         RerankQueries(store=gallery, queries=here / "queries.npz", shortlist=20, k=5), **changes
     )
+
+
+def test_a_trained_run_makes_the_store_and_the_queries(
+    tmp_path, image_folder, recipes, cub, trunk_features
+):
+    changes = ["model.frozen_trunk=false", "optimization.steps=1", "matching.weight_floor=0.01"]
+    run = tmp_path / "run"
+    train_recipe(
+        TrainRecipe(
+            recipe=recipes / "contrastive.yaml", run=run, data=cub, overrides=changes,
+            machine=Machine(cache=trunk_features),
+        )
+    )  # fmt: skip
+    path = tmp_path / "trained.store"
+    extract_images(ExtractImages(images=image_folder, store=path, model=run))
+    store = LocalFeatureStore.open(path)
+    assert store.manifest.channels == 8
+    assert store.manifest.extractor["crop"] == 32
+    queries = RerankQueries(store=path, queries=image_folder, model=run, k=3, shortlist=12)
+    record, ranking = rerank_queries(queries, tmp_path / "out")
+    first = ranking[ranking["rank"] == 1]
+    assert (first["query"] == first["id"]).all()
+    assert record.settings["weight_floor"] == 0.01, "as the model was trained"
+    other, _ = rerank_queries(replace(queries, matching={"weight_floor": 0.5}), tmp_path / "out")
+    assert other.settings["weight_floor"] == 0.5
+    with pytest.raises(ValueError, match=r"made with the trained run 'run'; pass it again"):
+        rerank_queries(replace(queries, model=None), tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    train_recipe(
+        TrainRecipe(
+            recipe=recipes / "contrastive.yaml", run=tmp_path / "other", data=cub,
+            overrides=[*changes, "seed=7"], machine=Machine(cache=trunk_features),
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"^model_sha256: .*; pass the same run again"):
+        rerank_queries(replace(queries, model=tmp_path / "other"), tmp_path / "out")
 
 
 def test_images_against_an_index_of_the_stores_order(tmp_path, image_folder, image_store, weights):
