@@ -17,7 +17,7 @@ def block(name):
     return found.group(1)
 
 
-@pytest.mark.parametrize("name", ["python", "pml"])
+@pytest.mark.parametrize("name", ["python", "pml", "rerank"])
 def test_python_blocks_run(name, tmp_path):
     script = tmp_path / f"{name}.py"
     script.write_text(block(name), encoding="utf-8")

@@ -25,3 +25,27 @@ def write_problems(
     threads: int,
     instruction_set: str | None,
 ) -> None: ...
+def write_problems_from_files(
+    queries: _Floats,
+    files: _Integers,
+    offsets: _Integers,
+    codec: str,
+    rows: _Integers,
+    shifts: _Floats | None,
+    uniform: bool,
+    floor: float,
+    relative_floor: bool,
+    absent_cost: float,
+    cost: _Floats,
+    stored_weights: _Floats,
+    query_weights: _Floats,
+    threads: int,
+    instruction_set: str | None,
+) -> bool: ...
+def read_rows(
+    file: int,
+    starts: _Integers,
+    lengths: _Integers | None,
+    to: npt.NDArray[np.uint8],
+    threads: int,
+) -> tuple[int, int]: ...

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from emd_retrieval._checks import check_positive
 from emd_retrieval._files import check_folder
 from emd_retrieval.datasets import (
     ImageCollection,
@@ -41,6 +42,7 @@ from emd_retrieval.retrieval.metrics import relevant_counts
 from emd_retrieval.workflows.gallery import ImageSide, save_pictures
 from emd_retrieval.workflows.inputs import read_labels, read_matrix, read_ranking
 from emd_retrieval.workflows.models import ImageModel, load_run
+from emd_retrieval.workflows.report import EXPLORER_FILE, collect_explorer, write_report
 
 _TITLES = {"fcn": "FCN", "grid": "Grid", "sampling": "Sampling"}
 
@@ -76,6 +78,8 @@ class EvaluateImages:
         bf16: Run the backbone in bfloat16.
         num_workers: Processes that decode images.
         skip_errors: Leave unreadable images out, and say how many.
+        report: Queries to keep for the explorer of ``report.html``, which is written as well;
+            ``None`` keeps none and writes no page.
         seed: Seed of the bootstrap and of random patches.
     """
 
@@ -102,6 +106,7 @@ class EvaluateImages:
     bf16: bool = False
     num_workers: int = 0
     skip_errors: bool = False
+    report: int | None = None
     seed: int = 0
 
 
@@ -124,6 +129,8 @@ def evaluate_images(
     """
     if output is not None:
         check_folder(output)
+    if settings.report is not None:
+        check_positive("report", settings.report)
     query, skipped = _load(settings.data, settings.classes, settings.skip_errors)
     gallery, more = (
         _load(settings.gallery, settings.classes, settings.skip_errors)
@@ -173,22 +180,34 @@ def evaluate_images(
         gallery_side = query_side
         if gallery is not None and gallery_features is not None:
             gallery_side = ImageSide(gallery, gallery_features)
+        boxes = partial(
+            extractor.node_boxes, resize=model.resize, crop=model.crop, seed=settings.seed
+        )
+        view = extractor.evaluation_view(resize=model.resize, crop=model.crop)
         figures = save_pictures(
             evaluation,
             query_side,
             gallery_side,
             output,
             matcher=matcher,
-            boxes=partial(
-                extractor.node_boxes,
-                resize=model.resize,
-                crop=model.crop,
-                seed=settings.seed,
-            ),
-            view=extractor.evaluation_view(resize=model.resize, crop=model.crop),
+            boxes=boxes,
+            view=view,
         )
         record = record.with_figures(figures)
+        if settings.report is not None:
+            explorer = collect_explorer(
+                evaluation,
+                query_side,
+                gallery_side,
+                matcher=matcher,
+                boxes=boxes,
+                view=view,
+                queries=settings.report,
+            )
+            explorer.save(Path(output) / EXPLORER_FILE)
         record = _save(record, evaluation, output)
+        if settings.report is not None:
+            write_report(output)
     return record, evaluation
 
 

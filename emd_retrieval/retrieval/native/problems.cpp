@@ -35,15 +35,21 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats vector) { memcpy(to, &vector, sizeof vector); }
 
-void decode_half(const uint16_t* codes, float* to, int64_t count) {
+void decode_half(const uint8_t* codes, float* to, int64_t count) {
   int64_t i = 0;
+#ifdef __AVX512F__
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 2 * i))));
+#endif
 #ifdef __F16C__
   for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i))));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 2 * i))));
 #endif
   for (; i < count; i++) {
+    uint16_t code;
+    memcpy(&code, codes + 2 * i, sizeof code);
     // The exponent's bias is mended by a product, which also makes subnormal halves normal.
-    const uint32_t magnitude = uint32_t(codes[i] & 0x7fff) << 13, sign = uint32_t(codes[i] & 0x8000) << 16;
+    const uint32_t magnitude = uint32_t(code & 0x7fff) << 13, sign = uint32_t(code & 0x8000) << 16;
     float value;
     memcpy(&value, &magnitude, sizeof value);
     value *= 0x1p112f;
@@ -54,19 +60,20 @@ void decode_half(const uint16_t* codes, float* to, int64_t count) {
   }
 }
 
-void decode(const Sets& sets, int64_t row, float* to) {
-  const int64_t count = sets.nodes * sets.channels, first = row * count;
-  switch (sets.codec) {
-    case Codec::float32:
-      memcpy(to, static_cast<const float*>(sets.codes) + first, count * sizeof *to);
-      return;
-    case Codec::float16: decode_half(static_cast<const uint16_t*>(sets.codes) + first, to, count); return;
-    case Codec::int8:
-      for (int64_t node = 0; node < sets.nodes; node++) {
-        const int8_t* const codes = static_cast<const int8_t*>(sets.codes) + first + node * sets.channels;
-        const float scale = sets.scales[row * sets.nodes + node];
-        for (int64_t d = 0; d < sets.channels; d++) to[node * sets.channels + d] = codes[d] * scale;
+// A set's nodes; scales are null where each lies before its node's codes.
+void decode(const Format& format, const uint8_t* from, const float* scales, float* to) {
+  const int64_t channels = format.channels;
+  for (int64_t node = 0; node < format.nodes; node++, from += format.node_bytes, to += channels) {
+    const uint8_t* const codes = from + format.codes_at;
+    switch (format.codec) {
+      case Codec::float32: memcpy(to, codes, channels * sizeof *to); break;
+      case Codec::float16: decode_half(codes, to, channels); break;
+      case Codec::int8: {
+        float scale;
+        memcpy(&scale, scales ? reinterpret_cast<const uint8_t*>(scales + node) : from, sizeof scale);
+        for (int64_t d = 0; d < channels; d++) to[d] = int8_t(codes[d]) * scale;
       }
+    }
   }
 }
 
@@ -156,23 +163,25 @@ void normalize(float* weights, int64_t count, float floor) {
 
 class Writer {
  public:
-  Writer(const Task& task, float* workspace) : task_{task} {
+  Writer(const Task& task, float* workspace)
+      : task_{task}, nodes_{task.sets.format.nodes}, channels_{task.sets.format.channels} {
     const auto take = [&workspace](int64_t count) { return (workspace += count) - count; };
     query_.stride = (task.query_nodes + 1 + kLanes - 1) / kLanes * kLanes;
-    query_.nodes = take(task.sets.channels * query_.stride);
+    query_.nodes = take(task.sets.format.channels * query_.stride);
     query_.inverses = take(query_.stride);
-    products_ = take(task.sets.nodes * query_.stride);
-    stored_ = take(task.sets.nodes * task.sets.channels);
-    inverses_ = take(task.sets.nodes);
+    products_ = take(task.sets.format.nodes * query_.stride);
+    stored_ = take(task.sets.format.nodes * task.sets.format.channels);
+    inverses_ = take(task.sets.format.nodes);
+    encoded_ = reinterpret_cast<uint8_t*>(workspace);
   }
 
   void take_query(int64_t number) {
-    query_.take(task_.queries + number * task_.query_nodes * task_.sets.channels, task_.query_nodes,
-                task_.sets.channels);
+    query_.take(task_.queries + number * task_.query_nodes * channels_, task_.query_nodes,
+                channels_);
   }
 
-  void write(int64_t pair) {
-    const int64_t nodes = task_.sets.nodes, query_nodes = task_.query_nodes, row = task_.rows[pair];
+  bool write(int64_t pair) {
+    const int64_t nodes = nodes_, query_nodes = task_.query_nodes, row = task_.rows[pair];
     float* const cost = task_.cost + pair * nodes * query_nodes;
     float* const stored_weights = task_.stored_weights + pair * nodes;
     float* const query_weights = task_.query_weights + pair * query_nodes;
@@ -180,11 +189,11 @@ class Writer {
       fill(cost, nodes * query_nodes, task_.settings.absent_cost);
       fill(stored_weights, nodes, 1 / float(nodes));
       fill(query_weights, query_nodes, 1 / float(query_nodes));
-      return;
+      return true;
     }
     const int64_t count = task_.sets.counts ? task_.sets.counts[row] : nodes;
-    decode(task_.sets, row, stored_);
-    multiply_all(stored_, count, query_, task_.sets.channels, products_);
+    if (!take_set(row)) return false;
+    multiply_all(stored_, count, query_, channels_, products_);
     const double squares = measure(count);
     write_costs(cost, count, task_.shifts ? 1 + task_.shifts[pair] : 1);
     if (task_.settings.uniform) {
@@ -194,13 +203,26 @@ class Writer {
       write_weights(stored_weights, query_weights, count, float(__builtin_sqrt(squares / count)));
     }
     fill(stored_weights + count, nodes - count, 0);
+    return true;
   }
 
  private:
+  bool take_set(int64_t row) {
+    const Sets& sets = task_.sets;
+    const int64_t bytes = nodes_ * sets.format.node_bytes;
+    const uint8_t* encoded = encoded_;
+    if (!sets.files)
+      encoded = sets.bytes + row * bytes;
+    else if (!sets.read(sets.files[row], sets.offsets[row], encoded_, bytes))
+      return false;
+    decode(sets.format, encoded, sets.scales ? sets.scales + row * nodes_ : nullptr, stored_);
+    return true;
+  }
+
   double measure(int64_t count) {
     double squares = 0;
     for (int64_t j = 0; j < count; j++) {
-      const float square = square_of(stored_ + j * task_.sets.channels, task_.sets.channels);
+      const float square = square_of(stored_ + j * channels_, channels_);
       inverses_[j] = 1 / larger(__builtin_sqrtf(square), kLeastNorm);
       squares += square;
     }
@@ -214,7 +236,7 @@ class Writer {
       for (int64_t i = 0; i < query_nodes; i++)
         cost[j * query_nodes + i] = one - products[i] * query_.inverses[i] * inverses_[j];
     }
-    fill(cost + count * query_nodes, (task_.sets.nodes - count) * query_nodes, one);
+    fill(cost + count * query_nodes, (nodes_ - count) * query_nodes, one);
   }
 
   void write_weights(float* stored_weights, float* query_weights, int64_t count, float scale) const {
@@ -232,13 +254,15 @@ class Writer {
   }
 
   const Task& task_;
+  const int64_t nodes_, channels_;
   Query query_{};
   float* products_;  // [nodes, query stride]
   float* stored_;    // [nodes, channels]
   float* inverses_;  // [nodes], one over each norm
+  uint8_t* encoded_;  // a set as its file has it
 };
 
-void write(const Task& task, int64_t from, int64_t to, float* workspace) {
+bool write(const Task& task, int64_t from, int64_t to, float* workspace) {
   Writer writer(task, workspace);
   int64_t query = -1;
   for (int64_t pair = from; pair < to; pair++) {
@@ -246,8 +270,9 @@ void write(const Task& task, int64_t from, int64_t to, float* workspace) {
       query = pair / task.candidates;
       writer.take_query(query);
     }
-    writer.write(pair);
+    if (!writer.write(pair)) return false;
   }
+  return true;
 }
 
 }  // namespace

@@ -8,13 +8,24 @@ namespace shortlist {
 
 enum class Codec { float32, float16, int8 };
 
-// Stored sets as they lie in memory, [count, nodes, channels]; padding nodes are zero.
-struct Sets {
-  const void* codes;
+// Encoded sets of one shape. A node is its codes; int8 ones have a scale, before them or apart.
+struct Format {
   Codec codec;
-  const float* scales;    // [count, nodes], for int8; else null
-  const int64_t* counts;  // [count], the nodes before the padding; null where all are real
   int64_t nodes, channels;
+  int64_t node_bytes;  // from one node to the next,
+  int64_t codes_at;    // and where in a node its codes start
+};
+
+// Where the sets are: in memory, [count, nodes] nodes one after another, or each somewhere in a file.
+struct Sets {
+  Format format;
+  const uint8_t* bytes;
+  const float* scales;    // [count, nodes], where they lie apart; else null
+  const int64_t* counts;  // [count], the nodes before the padding; null where all are real
+  const int64_t* files;   // [count], descriptors; null for sets in memory
+  const int64_t* offsets; // [count], in the files
+  // Fills a buffer from a file; false if that is not possible.
+  bool (*read)(int64_t file, int64_t offset, uint8_t* to, int64_t bytes);
 };
 
 struct Settings {
@@ -40,16 +51,19 @@ struct Task {
 
 constexpr int64_t kMostLanes = 16;
 
-// What a thread needs of its own, in floats: a query, a stored set, their products and norms.
+// What a thread needs of its own, in floats: a query, a stored set before and after decoding, their
+// products and norms.
 inline int64_t workspace_floats(const Task& task) {
-  const int64_t stride = task.query_nodes + 1 + kMostLanes, nodes = task.sets.nodes;
-  return stride * (task.sets.channels + nodes + 1) + nodes * (task.sets.channels + 1);
+  const Format& format = task.sets.format;
+  const int64_t stride = task.query_nodes + 1 + kMostLanes, nodes = format.nodes;
+  const int64_t encoded = task.sets.files ? (nodes * format.node_bytes + 3) / 4 : 0;
+  return stride * (format.channels + nodes + 1) + nodes * (format.channels + 1) + encoded;
 }
 
 struct Kernel {
   const char* instruction_set;
-  // Writes the pairs from..to - 1 of the task's [queries, candidates].
-  void (*write)(const Task& task, int64_t from, int64_t to, float* workspace);
+  // Writes the pairs from..to - 1 of the task's [queries, candidates]; false if a set cannot be read.
+  bool (*write)(const Task& task, int64_t from, int64_t to, float* workspace);
 };
 
 #ifdef EMD_X86_KERNELS
