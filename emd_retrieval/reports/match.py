@@ -128,7 +128,8 @@ def _draw(
         ends = (start[1], start[2]), (end[0], end[2])
         line = ConnectionPatch(*ends, left.transData, right.transData, color=color, alpha=0.85)
         figure.add_artist(line)
-        share, cost = 100 * match.flow[i, j], match.cost[i, j]
+        # Adding zero takes the sign off a cost of -0.00.
+        share, cost = 100 * match.flow[i, j], round(float(match.cost[i, j]), 2) + 0.0
         lines.append(f"{number + 1}   {share:.0f} % of the mass, cost {cost:.2f}")
     lines += ["", "light: node weight", "boxes: largest flows", "between parts"]
     text.text(0.0, 0.98, "\n".join(lines), fontsize=6.5, va="top", linespacing=1.5)

@@ -31,6 +31,7 @@ from emd_retrieval.workflows.rerank import (
     save_ranking,
 )
 
+_ITSELF = 0.9999
 _SIDE = 200
 
 
@@ -123,34 +124,38 @@ def _save_pictures(
     figure = answer_figure(
         np.asarray(ImageOps.contain(query, (2 * _SIDE, 2 * _SIDE))),
         [None if p is None else np.asarray(ImageOps.fit(p, (_SIDE, _SIDE))) for p in pictures],
-        names,
+        [Path(name).stem for name in names],
         ranking["similarity"].tolist(),
     )
     save_figure(figure, output / "answer.png")
     files = ["answer.png"]
-    if queries.extractor is None or pictures[0] is None:
+    # An image that is in the gallery finds itself first; what it matches next is of interest.
+    similar = ranking["similarity"].to_numpy()
+    place = next((i for i in range(len(names)) if similar[i] < _ITSELF), 0)
+    shown = pictures[place]
+    if queries.extractor is None or shown is None:
         return files
     made = extraction_of(settings, store)
-    both = [
+    boxes = [
         queries.extractor.node_boxes(image, resize=made.resize, crop=made.crop, seed=made.seed)
-        for image in (query, pictures[0])
+        for image in (query, shown)
     ]
-    # The figure draws one layout of nodes; random patches have one an image.
-    if both[0] is None or both[1] is None or not both[0].equal(both[1]):
+    if boxes[0] is None or boxes[1] is None:
         return files
-    answer = store.nodes(store.rows_of(ranking["id"].tolist()[:1]))[0]
+    answer = store.nodes(store.rows_of(ranking["id"].tolist()[place : place + 1]))[0]
     match = matcher_of(settings, store).match(queries.nodes[0], answer)
     view = queries.extractor.evaluation_view(resize=made.resize, crop=made.crop)
     picture = MatchPicture(
         query=view(query),
-        reference=view(pictures[0]),
-        boxes=both[0].numpy(),
+        reference=view(shown),
+        boxes=boxes[0].numpy(),
+        reference_boxes=boxes[1].numpy(),
         query_weights=match.query_weights.numpy(),
         reference_weights=match.reference_weights.numpy(),
         flow=match.flow.numpy(),
         cost=match.cost.numpy(),
         similarity=float(match.similarity),
-        title=f"{settings.queries.name}: query and first answer",
+        title=f"{settings.queries.name} and answer {place + 1}",
     )
     save_figure(match_figure([picture]), output / "match.png")
     return [*files, "match.png"]
