@@ -97,6 +97,10 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 
     out = parser.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="DIR", help="folder (runs/evaluate)")
+    out.add_argument(
+        "--report", type=int, nargs="?", const=200, metavar="N",
+        help="also write report.html, with N queries to explore (200)",
+    )  # fmt: skip
     parser.set_defaults(run=partial(run, default=parser.get_default))
     return parser
 
@@ -163,6 +167,7 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
                 bf16=options.bf16,
                 num_workers=default_workers() if options.workers is None else options.workers,
                 skip_errors=options.skip_errors,
+                report=options.report,
                 seed=options.seed,
             ),
             output,
@@ -211,7 +216,7 @@ _READ_BY = {
     "--data": (
         "classes", "gallery", "model", "backbone", "weights", "layer", "extractor", "pyramid",
         "include_map", "grid", "context", "patches", "patch_size", "resize", "crop", "batch_size",
-        "device", "bf16", "workers", "skip_errors", *_MATCHING,
+        "device", "bf16", "workers", "skip_errors", "report", *_MATCHING,
     ),
     "--embeddings": (
         "labels", "channels", "global_node", "gallery_embeddings", "gallery_labels", *_MATCHING,

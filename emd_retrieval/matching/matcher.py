@@ -306,7 +306,7 @@ class EMDMatcher:
             nodes = sets.to(torch.promote_types(sets.dtype, torch.float32)).contiguous()
             if self.weights in METHODS:
                 matched, weights, _ = cluster_nodes(
-                    nodes.flatten(0, -3),
+                    nodes.reshape(-1, *nodes.shape[-2:]),
                     self.weights,
                     clusters=self.clusters,
                     bandwidth=self.bandwidth,

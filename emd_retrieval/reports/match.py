@@ -95,7 +95,7 @@ def largest_flows(
         Pairs of nodes, the largest flow first.
     """
     others = boxes if reference_boxes is None else reference_boxes
-    whole, other_whole = _area(boxes) > 0.99, _area(others) > 0.99
+    whole, other_whole = box_areas(boxes) > 0.99, box_areas(others) > 0.99
     order = np.argsort(-flow, axis=None, kind="stable")
     chosen: list[tuple[int, int]] = []
     for place in order:
@@ -114,8 +114,8 @@ def _draw(
     figure: Figure, left: Any, right: Any, text: Any, match: MatchPicture, pairs: int
 ) -> None:
     others = match.boxes if match.reference_boxes is None else match.reference_boxes
-    left.imshow(_lit(match.query, match.boxes, match.query_weights))
-    right.imshow(_lit(match.reference, others, match.reference_weights))
+    left.imshow(lit_by_weights(match.query, match.boxes, match.query_weights))
+    right.imshow(lit_by_weights(match.reference, others, match.reference_weights))
     for axes in (left, right, text):
         axes.set_axis_off()
     left.set_title(match.title, fontsize=7.5, loc="left", pad=4)
@@ -151,7 +151,7 @@ def _mark(
     return x0 + inset, x1 - inset, (y0 + y1) / 2
 
 
-def _lit(image: Image, boxes: Float, weights: Float) -> Image:
+def lit_by_weights(image: Image, boxes: Float, weights: Float) -> Image:
     """The image, brighter where nodes weigh more than an equal share and darker where less."""
     height, width = image.shape[:2]
     light = np.zeros((height, width))
@@ -165,7 +165,8 @@ def _lit(image: Image, boxes: Float, weights: Float) -> Image:
     return pixels
 
 
-def _area(boxes: Float) -> Float:
+def box_areas(boxes: Float) -> Float:
+    """Areas as shares of the image. Shape: ``[..., 4] -> [...]``."""
     areas: Float = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
     return areas
 
@@ -175,4 +176,4 @@ def _same(a: Float, b: Float) -> bool:
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     shared = width * height
-    return bool(shared > (_area(a) + _area(b) - shared) / 3)
+    return bool(shared > (box_areas(a) + box_areas(b) - shared) / 3)

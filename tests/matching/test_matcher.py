@@ -249,3 +249,13 @@ def test_refuses_bad_input(generator):
         EMDMatcher(coupling="dens")
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         EMDMatcher(ground_cost="cosinus")
+
+
+@pytest.mark.parametrize("weights", ["k_means", "mean_shift"])
+def test_a_single_pair_of_clustered_sets(weights, generator):
+    matcher = EMDMatcher(weights=weights, clusters=3)
+    query, reference = structured_sets(2, 8, 4, generator)
+    match = matcher.match(query, reference)
+    batched = matcher.match(query[None], reference[None])
+    assert torch.equal(match.similarity, batched.similarity[0])
+    assert torch.equal(match.flow, batched.flow[0])

@@ -1,0 +1,103 @@
+"""``emd-retrieval explain``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  which part of one bird matches which part of the other:
+    emd-retrieval explain a.jpg b.jpg --backbone resnet50 --weights resnet50.safetensors
+  by a trained run, as PNG and SVG:
+    emd-retrieval explain a.jpg b.jpg --model runs/ms_fcn --format png,svg
+"""
+
+
+def add_command(commands: Any) -> argparse.ArgumentParser:
+    """Add ``explain`` to the command line."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "explain",
+        help="why two images are similar: figures of their match",
+        description="Match two images; draw the largest flows, one image rebuilt from parts of the "
+        "other (the paper's Figure 6) and all flows (Figure 7).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("query", type=Path, metavar="A", help="an image")
+    parser.add_argument("reference", type=Path, metavar="B", help="the image to compare with")
+    features = parser.add_argument_group("features")
+    features.add_argument(
+        "--model", type=Path, metavar="RUN", help="a trained run (emd-retrieval train), no backbone"
+    )
+    features.add_argument("--backbone", default="resnet50", metavar="NAME", help="timm (resnet50)")
+    features.add_argument(
+        "--weights", type=Path, metavar="FILE", help="local file; timm's hub without"
+    )
+    features.add_argument("--layer", type=int, metavar="I", help="intermediate feature map (last)")
+    features.add_argument(
+        "--extractor", default="fcn", choices=["fcn", "grid", "sampling"], help="(fcn)"
+    )
+    features.add_argument("--pyramid", default="3,2,1", metavar="SIZES", help="fcn: levels (3,2,1)")
+    features.add_argument("--grid", default="3,2", metavar="SIZES", help="grid: levels (3,2)")
+    features.add_argument("--patches", type=int, default=25, metavar="P", help="sampling: (25)")
+    features.add_argument(
+        "--patch-size", type=int, metavar="PX", help="grid, sampling: side (the backbone's)"
+    )
+    features.add_argument("--resize", type=int, default=256, metavar="PX", help="short side (256)")
+    features.add_argument("--crop", type=int, default=224, metavar="PX", help="centre crop (224)")
+    features.add_argument("--device", default=None, help="torch device (cuda where there is one)")
+    out = parser.add_argument_group("output")
+    out.add_argument("--format", default="png", metavar="F", help="png, svg or png,svg (png)")
+    out.add_argument("--output", type=Path, default=Path("runs/explain"), metavar="DIR",
+                     help="folder (runs/explain)")  # fmt: skip
+    parser.set_defaults(run=partial(run, default=parser.get_default))
+    return parser
+
+
+def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
+    """Match, draw, say what was written.
+
+    Args:
+        options: What the user chose.
+        default: Gives an option's value where the user chose nothing.
+    """
+    from emd_retrieval import workflows
+    from emd_retrieval.cli.options import (
+        refuse_beside_a_model,
+        refuse_other_extractors,
+        set_threads,
+        sizes,
+        torch_device,
+    )
+
+    set_threads(options.threads)
+    if options.model is None:
+        refuse_other_extractors(options, default)
+    else:
+        refuse_beside_a_model(options, default)
+    match, files = workflows.explain_images(
+        workflows.ExplainImages(
+            query=options.query,
+            reference=options.reference,
+            model=options.model,
+            extractor=options.extractor,
+            backbone=options.backbone,
+            weights=options.weights,
+            layer=options.layer,
+            pyramid=sizes("--pyramid", options.pyramid),
+            grid=sizes("--grid", options.grid),
+            patches=options.patches,
+            patch_size=options.patch_size,
+            resize=options.resize,
+            crop=options.crop,
+            device=torch_device(options.device),
+            seed=options.seed,
+        ),
+        options.output,
+        formats=[part.strip() for part in options.format.split(",")],
+    )
+    print(f"similarity {match.similarity:.3f}")
+    print(f"written to {options.output}: {', '.join(file.name for file in files)}")

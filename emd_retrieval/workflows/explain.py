@@ -1,0 +1,153 @@
+"""``explain``: which part of one image matches which part of another, as figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from emd_retrieval._checks import check_choice
+from emd_retrieval._files import check_folder
+from emd_retrieval.datasets import decode_rgb
+from emd_retrieval.features import build_extractor, load_backbone
+from emd_retrieval.matching import EMDMatcher
+from emd_retrieval.matching.clusters import METHODS
+from emd_retrieval.reports import MatchPicture, match_figure, save_figure
+from emd_retrieval.reports.flows import flows_figure
+from emd_retrieval.reports.rebuilt import rebuilt_figure
+from emd_retrieval.workflows.models import ImageModel, load_run
+
+FORMATS = ("png", "svg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainImages:
+    """Settings of :func:`explain_images`.
+
+    Attributes:
+        query: An image file.
+        reference: The image file it is compared with.
+        model: A trained run, in place of extractor, backbone, sizes and matcher.
+        extractor: ``"fcn"``, ``"grid"`` or ``"sampling"``.
+        backbone: A timm model.
+        weights: Local weights file; timm's hub by default.
+        layer: Index of an intermediate feature map of the backbone; the last one by default.
+        pyramid: FCN: levels of the feature pyramid.
+        grid: Grid: levels of the image pyramid.
+        patches: Sampling: patches an image.
+        patch_size: Grid and Sampling: side of a patch, in pixels.
+        resize: Short side of the images, in pixels.
+        crop: Side of the centre crop, in pixels.
+        matcher: The EMD similarity.
+        device: Torch device of the backbone.
+        seed: Seed of random patches.
+    """
+
+    query: Path
+    reference: Path
+    model: Path | None = None
+    extractor: str = "fcn"
+    backbone: str = "resnet50"
+    weights: Path | None = None
+    layer: int | None = None
+    pyramid: Sequence[int] = (3, 2, 1)
+    grid: Sequence[int] = (3, 2)
+    patches: int = 25
+    patch_size: int | None = None
+    resize: int = 256
+    crop: int = 224
+    matcher: EMDMatcher = field(default_factory=EMDMatcher)
+    device: str = "cpu"
+    seed: int = 0
+
+
+def explain_images(
+    settings: ExplainImages,
+    output: str | Path | None = None,
+    *,
+    formats: Sequence[str] = ("png",),
+) -> tuple[MatchPicture, list[Path]]:
+    """Match two images and draw the match.
+
+    Args:
+        settings: Which images, and how.
+        output: Folder for ``match``, ``rebuilt`` (Figure 6) and ``flows`` (Figure 7); ``None``
+            writes nothing.
+        formats: ``"png"``, ``"svg"`` or both.
+
+    Returns:
+        The match, for :func:`match_figure`, :func:`rebuilt_figure` and :func:`flows_figure`, and
+        the files written.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If an image cannot be read, settings do not fit, or the nodes have no place in
+            the image.
+    """
+    for name in formats:
+        check_choice("formats", name, FORMATS)
+    for option, path in (("query", settings.query), ("reference", settings.reference)):
+        if not path.is_file():
+            raise FileNotFoundError(f"{option}: no file {str(path)!r}")
+    if output is not None:
+        check_folder(output)
+    model = _model(settings)
+    extractor = model.extractor.eval().to(settings.device)
+    transform = extractor.evaluation_transform(
+        resize=model.resize, crop=model.crop, seed=settings.seed
+    )
+    view = extractor.evaluation_view(resize=model.resize, crop=model.crop)
+    images = [decode_rgb(path) for path in (settings.query, settings.reference)]
+    boxes = [
+        extractor.node_boxes(image, resize=model.resize, crop=model.crop, seed=settings.seed)
+        for image in images
+    ]
+    if boxes[0] is None or boxes[1] is None or model.matcher.weights in METHODS:
+        raise ValueError(
+            "extractor: the nodes of these settings have no place in the image (clusters, or the "
+            "cells of a map), so there is nothing to draw"
+        )
+    with torch.inference_mode():
+        views = torch.stack([transform(image) for image in images]).to(settings.device)
+        nodes = extractor(views).float().cpu()
+    match = model.matcher.match(nodes[0], nodes[1])
+    picture = MatchPicture(
+        query=view(images[0]),
+        reference=view(images[1]),
+        boxes=boxes[0].numpy(),
+        reference_boxes=boxes[1].numpy(),
+        query_weights=match.query_weights.numpy(),
+        reference_weights=match.reference_weights.numpy(),
+        flow=match.flow.numpy(),
+        cost=match.cost.numpy(),
+        similarity=float(match.similarity),
+        title=f"{settings.query.stem} and {settings.reference.stem}",
+    )
+    if output is None:
+        return picture, []
+    figures = {
+        "match": match_figure([picture]),
+        "rebuilt": rebuilt_figure([picture]),
+        "flows": flows_figure([picture]),
+    }
+    return picture, [
+        save_figure(figure, Path(output) / f"{name}.{ending}")
+        for name, figure in figures.items()
+        for ending in formats
+    ]
+
+
+def _model(settings: ExplainImages) -> ImageModel:
+    if settings.model is not None:
+        return load_run(settings.model, weights=settings.weights)
+    extractor = build_extractor(
+        settings.extractor,
+        load_backbone(settings.backbone, weights=settings.weights, layer=settings.layer),
+        pyramid=settings.pyramid,
+        grid=settings.grid,
+        patches=settings.patches,
+        patch_size=settings.patch_size,
+    )
+    return ImageModel(extractor, settings.matcher, settings.resize, settings.crop, {})

@@ -1,0 +1,168 @@
+import dataclasses
+import io
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from emd_retrieval.records import ResultRecord
+from emd_retrieval.reports.explorer import ExplorerData, Match, PageFigure, Picture, Query
+from emd_retrieval.reports.explorer import render_page as page_of
+from emd_retrieval.reports.explorer.data import ClassResult
+
+MARKUP = '</script><img src=x onerror="broken=1">&amp;'
+
+
+def jpeg(color):
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 40), color).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def quarters():
+    places = np.array([[0, 0], [0.5, 0], [0, 0.5], [0.5, 0.5]], np.float32)
+    boxes = np.concatenate([places, places + 0.5], axis=1)
+    return np.concatenate([boxes, [[0, 0, 1, 1]]]).astype(np.float32)
+
+
+def small_explorer(queries=9, boxes=True):
+    """Queries in turn improved, worsened and unchanged, of two classes; one name is markup."""
+    generator = np.random.default_rng(0)
+    pictures = [
+        Picture(f"{i}.jpg", i % 2, (48, 40), jpeg((20 * i % 255, 90, 60)),
+                quarters() if boxes else None)
+        for i in range(queries)
+    ]  # fmt: skip
+    scores = [((40.0, 60.0), (60.0, 40.0), (50.0, 50.0))[i % 3] for i in range(queries)]
+    neighbours = [
+        np.array([[j for j in range(queries) if j != i][:3]] * 2, np.int32) for i in range(queries)
+    ]
+    kept = [
+        Query(i, scores[i], neighbours[i],
+              np.array([[0.9, 0.8, 0.7], [0.8, 0.6, -np.inf]], np.float32))
+        for i in range(queries)
+    ]  # fmt: skip
+    matches = {}
+    for query in kept if boxes else []:
+        for other in set(query.neighbours.ravel().tolist()):
+            weights = generator.dirichlet(np.ones(5)).astype(np.float16)
+            matches[query.picture, other] = Match(
+                0.75, weights, weights[::-1].copy(),
+                np.array([[0, 1], [1, 2], [2, 3], [3, 0], [3, 4], [4, 4]], np.uint16),
+                np.full(6, 1 / 6, np.float16), np.linspace(0.1, 0.6, 6).astype(np.float16),
+            )  # fmt: skip
+    return ExplorerData(
+        methods=("Raw", "DeepEMD-FCN"), metric="MAP@R", class_names=("robin", MARKUP),
+        total=20, pictures=pictures, queries=kept, matches=matches,
+        classes=(ClassResult("robin", 10, 40.0, 55.5), ClassResult(MARKUP, 10, 60.0, 50.0)),
+    )  # fmt: skip
+
+
+def small_record(title="Raw against DeepEMD"):
+    table = pd.DataFrame({"method": ["Raw", MARKUP], "MAP@R": [40.25, float("nan")]})
+    return ResultRecord(
+        name="evaluate", title=title, tables={"metrics": table}, settings={"crop": 224},
+        data={"images": 20, "num_classes": 2}, seed=3, notes=("A note.",), command="a command",
+        created="2026-01-02T03:04:05+00:00", commit=None, versions={"python": "3.11"},
+        hardware={"cores": 2},
+    )  # fmt: skip
+
+
+def payload(page):
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text.group(1))
+
+
+def assert_same(a, b):
+    if dataclasses.is_dataclass(a):
+        for field in dataclasses.fields(a):
+            assert_same(getattr(a, field.name), getattr(b, field.name))
+    elif isinstance(a, np.ndarray):
+        np.testing.assert_array_equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("boxes", [True, False])
+def test_saved_data_come_back(tmp_path, boxes):
+    explorer = small_explorer(boxes=boxes)
+    explorer = dataclasses.replace(
+        explorer,
+        matches={
+            pair: dataclasses.replace(match, flow=match.flow[:n], cost=match.cost[:n],
+                                      pairs=match.pairs[:n])
+            for n, (pair, match) in enumerate(explorer.matches.items(), 1)
+        },
+    )  # fmt: skip
+    file = explorer.save(tmp_path / "explorer.npz")
+    assert_same(explorer, ExplorerData.load(file))
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    file = tmp_path / "explorer.npz"
+    file.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"explorer\.npz is not readable"):
+        ExplorerData.load(file)
+    header = np.frombuffer(b'{"version": 99}', np.uint8)
+    np.savez(file, header=header)
+    with pytest.raises(ValueError, match="version 99, this code reads 1"):
+        ExplorerData.load(file)
+    np.savez(file, header=np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="not readable"):
+        ExplorerData.load(file)
+    with pytest.raises(FileNotFoundError):
+        ExplorerData.load(tmp_path / "other.npz")
+
+
+def test_a_page_holds_tables_classes_and_data():
+    explorer = small_explorer()
+    page = page_of([small_record()], explorer=explorer)
+    assert '<td class="number">40.25</td>' in page
+    assert ">nan<" not in page
+    assert "2026-01-02 · seed 3 · 20 images · 2 classes" in page
+    assert "9 of 20 queries" in page
+    assert "+15.5" in page
+    assert "-10.0" in page
+    data = payload(page)
+    assert data["queries"][0] == [0, [40, 60], [[1, 2, 3]] * 2, [[0.9, 0.8, 0.7], [0.8, 0.6, None]]]
+    assert data["layouts"] == [quarters().tolist()], "one set of boxes for all pictures"
+    similarity, query_weights, reference_weights, flows = data["matches"]["0 1"]
+    assert similarity == 0.75
+    assert query_weights == pytest.approx(reference_weights[::-1])
+    assert [flow[:2] for flow in flows][:2] == [[0, 1], [1, 2]]
+    size = re.search(r"one file of (\d+) kB", page)
+    assert int(size.group(1)) == pytest.approx(len(page.encode()) / 1e3, abs=1)
+
+
+def test_names_with_markup_stay_text():
+    page = page_of([small_record(MARKUP)], explorer=small_explorer())
+    assert "<img src=x" not in page
+    assert "&lt;/script&gt;&lt;img src=x" in page
+    assert payload(page)["classes"][1].startswith("</script><img")
+
+
+def test_figures_are_inside_and_nothing_is_outside():
+    figure = PageFigure("Curve <1>", "What it shows", b"<svg xmlns='http://www.w3.org/2000/svg'/>")
+    page = page_of([small_record()], figures=[figure])
+    assert "Curve &lt;1&gt;" in page
+    assert 'alt="What it shows"' in page
+    assert 'id="data"' not in page
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert sources
+    assert all(source.startswith(("data:", "#")) for source in sources)
+
+
+def test_a_page_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="got none"):
+        page_of([])
