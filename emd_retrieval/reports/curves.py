@@ -34,9 +34,14 @@ def shortlist_figure(curve: pd.DataFrame, raw: dict[str, float] | None = None) -
         quality.plot(curve["shortlist"], curve[metric], color=color, marker=marker, label=metric)
         if raw is not None:
             quality.axhline(raw[metric], color=color, linestyle="--", linewidth=0.9)
-    quality.set(ylabel="percent", title="dashed: Raw" if raw else "")
-    quality.title.set_fontsize(8)
-    quality.legend(fontsize=8, frameon=False)
+    if raw is not None:
+        quality.plot([], [], color="#555555", linestyle="--", linewidth=0.9, label="Raw")
+    quality.set(ylabel="percent")
+    # Above the axes, where no curve can run through it.
+    quality.legend(
+        fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 1.0),
+        columnspacing=1.2, handlelength=1.6,
+    )  # fmt: skip
     latency.plot(curve["shortlist"], curve["ms a query"], color="#555555", marker="D")
     latency.set(ylabel="median latency a query (ms)", ylim=(0, None))
     labelled = _apart(curve["shortlist"].tolist())
