@@ -54,7 +54,19 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     # Imported here, so that `emd-retrieval --help` does not wait for torch.
-    from emd_retrieval.cli import demo, evaluate, extract, rerank, search, table8, train, tune
+    from emd_retrieval.cli import (
+        demo,
+        evaluate,
+        explain,
+        extract,
+        fewshot,
+        report,
+        rerank,
+        search,
+        table8,
+        train,
+        tune,
+    )
 
     parser = _Parser(
         prog="emd-retrieval",
@@ -66,8 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"emd_retrieval {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (demo, evaluate, extract, train, table8, rerank, search, tune):
+    for module in (demo, evaluate, extract, train, table8, rerank, search, tune, report, explain):
         command = module.add_command(commands)
+        _add_common(command)
+    for command in fewshot.add_commands(commands):
         _add_common(command)
     return parser
 

@@ -19,6 +19,7 @@ from emd_retrieval.features.resnet12 import ResNet12
 _OWN: dict[str, Callable[[], nn.Module]] = {
     "resnet12": ResNet12,
     "resnet12_stride8": partial(ResNet12, last_pooling=False),
+    "resnet12_stride8_256": partial(ResNet12, (32, 64, 128, 256), last_pooling=False),
 }
 """Models that timm does not have."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ class ResNet12(nn.Module):
     fit.
 
     Args:
+        widths: Channels of the four blocks.
         last_pooling: Pool after the last block. Without it images of 40 pixels give the 5 x 5 map
             that 84 pixels give with it.
 
@@ -25,7 +26,7 @@ class ResNet12(nn.Module):
         stride: Pixels from one cell of the map to the next: 16, or 8 without the last pooling.
 
     Shape:
-        ``[B, 3, h, w]`` to ``[B, 640, h // stride, w // stride]``.
+        ``[B, 3, h, w]`` to ``[B, widths[-1], h // stride, w // stride]``.
     """
 
     pretrained_cfg: ClassVar[dict[str, Any]] = {
@@ -35,12 +36,12 @@ class ResNet12(nn.Module):
         "classifier": "fc",
     }
 
-    def __init__(self, *, last_pooling: bool = True) -> None:
+    def __init__(self, widths: Sequence[int] = WIDTHS, *, last_pooling: bool = True) -> None:
         super().__init__()
-        self.layer1 = nn.Sequential(_Block(3, WIDTHS[0]))
-        self.layer2 = nn.Sequential(_Block(WIDTHS[0], WIDTHS[1]))
-        self.layer3 = nn.Sequential(_Block(WIDTHS[1], WIDTHS[2]))
-        self.layer4 = nn.Sequential(_Block(WIDTHS[2], WIDTHS[3], pooling=last_pooling))
+        self.layer1 = nn.Sequential(_Block(3, widths[0]))
+        self.layer2 = nn.Sequential(_Block(widths[0], widths[1]))
+        self.layer3 = nn.Sequential(_Block(widths[1], widths[2]))
+        self.layer4 = nn.Sequential(_Block(widths[2], widths[3], pooling=last_pooling))
         self.stride = 16 if last_pooling else 8
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -49,7 +50,7 @@ class ResNet12(nn.Module):
                 )
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Feature maps. Shape: ``[B, 3, h, w] -> [B, 640, H, W]``."""
+        """Feature maps. Shape: ``[B, 3, h, w] -> [B, D, H, W]``."""
         features: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(images))))
         return features
 

@@ -106,7 +106,7 @@ def draw_episodes(
     for name, value in (("way", way), ("shot", shot), ("queries", queries), ("count", count)):
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}")
-    found = torch.as_tensor(labels)
+    found = labels if isinstance(labels, Tensor) else torch.from_numpy(np.array(labels))
     check_tensor("labels", found, ["n"], floating=False)
     if found.is_floating_point():
         raise TypeError(f"labels: expected integers, got dtype {found.dtype}")

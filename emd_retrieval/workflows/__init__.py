@@ -12,7 +12,21 @@ from emd_retrieval.workflows.evaluate import (
     evaluate_ranking,
     evaluate_stored_sets,
 )
+from emd_retrieval.workflows.explain import ExplainImages, explain_images
 from emd_retrieval.workflows.extract import ExtractedStore, ExtractImages, extract_images
+from emd_retrieval.workflows.fewshot import (
+    FewshotStage,
+    FewshotTrial,
+    fewshot_pretrain,
+    fewshot_test,
+    fewshot_train,
+)
+from emd_retrieval.workflows.fewshot_tables import (
+    FewshotTable,
+    fewshot_figure,
+    fewshot_table,
+)
+from emd_retrieval.workflows.report import collect_explorer, write_report
 from emd_retrieval.workflows.rerank import RerankQueries, rerank_queries
 from emd_retrieval.workflows.search import SearchImage, search_image
 from emd_retrieval.workflows.table8 import Table8, run_table8
@@ -24,22 +38,34 @@ __all__ = [
     "EvaluateImages",
     "EvaluateRanking",
     "EvaluateSets",
+    "ExplainImages",
     "ExtractImages",
     "ExtractedStore",
+    "FewshotStage",
+    "FewshotTable",
+    "FewshotTrial",
     "Machine",
     "RerankQueries",
     "SearchImage",
     "Table8",
     "TrainRecipe",
     "TuneReranking",
+    "collect_explorer",
     "evaluate_images",
     "evaluate_ranking",
     "evaluate_stored_sets",
+    "explain_images",
     "extract_images",
+    "fewshot_figure",
+    "fewshot_pretrain",
+    "fewshot_table",
+    "fewshot_test",
+    "fewshot_train",
     "rerank_queries",
     "run_demo",
     "run_table8",
     "search_image",
     "train_recipe",
     "tune_queries",
+    "write_report",
 ]

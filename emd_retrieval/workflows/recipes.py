@@ -34,19 +34,19 @@ def read_recipe(
             value does not fit.
     """
     path = Path(path)
-    content = _compose(path, ())
+    content = compose_recipe(path, ())
     ours: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
-    ours |= _methods(content.pop("methods", None), path)
+    ours |= method_settings(content.pop("methods", None), path)
     asked_for: dict[str, Any] = {}
     for override in overrides:
-        asked_for = _merge(asked_for, parse_override(override))
+        asked_for = merge_recipes(asked_for, parse_override(override))
     if method is None:
-        method = _section(_merge(content, asked_for), "model").get("method", "fcn")
+        method = section_of(merge_recipes(content, asked_for), "model").get("method", "fcn")
     check_choice("method", method, METHODS)
     # What was asked for by hand counts more than the method's own settings.
     for layer in (ours[method], {"model": {"method": method}}, asked_for):
-        content = _merge(content, layer)
-    if (asked := _section(content, "model").get("method")) != method:
+        content = merge_recipes(content, layer)
+    if (asked := section_of(content, "model").get("method")) != method:
         raise ValueError(f"method: expected one, got {method!r} and the override {asked!r}")
     try:
         return recipe_from_dict(content)
@@ -79,7 +79,7 @@ def recipe_files(folder: str | Path) -> dict[str, Path]:
     return files
 
 
-def _compose(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def compose_recipe(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """The settings of a file on top of those of its bases."""
     if not path.is_file():
         asked = f", the base of {above[-1]}" if above else ""
@@ -93,11 +93,11 @@ def _compose(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"recipe: base of {path} must be a file or a list of files, got {bases!r}")
     whole: dict[str, Any] = {}
     for base in bases:
-        whole = _merge(whole, _compose(path.parent / base, (*above, path)))
-    return _merge(whole, content)
+        whole = merge_recipes(whole, compose_recipe(path.parent / base, (*above, path)))
+    return merge_recipes(whole, content)
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge_recipes(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Settings on top of settings, section by section; notes are added to notes."""
     merged = dict(below)
     for key, value in above.items():
@@ -108,13 +108,14 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
             # Parameters belong to the loss they were written for.
             merged[key] = dict(value)
         elif isinstance(old, Mapping) and isinstance(value, Mapping):
-            merged[key] = _merge(old, value)
+            merged[key] = merge_recipes(old, value)
         else:
             merged[key] = dict(value) if isinstance(value, Mapping) else value
     return merged
 
 
-def _methods(content: Any, path: Path) -> dict[str, dict[str, Any]]:
+def method_settings(content: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """The settings below ``methods``, by method."""
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -131,6 +132,7 @@ def _methods(content: Any, path: Path) -> dict[str, dict[str, Any]]:
     return dict(content)
 
 
-def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def section_of(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of settings; empty where there is none."""
     section = content.get(name)
     return section if isinstance(section, Mapping) else {}

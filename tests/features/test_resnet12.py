@@ -118,3 +118,8 @@ def test_as_an_extractor():
     extractor = FCNExtractor(backbone, pyramid=(), include_map=True).eval()
     with torch.no_grad():
         assert extractor(torch.zeros(1, 3, 84, 84)).shape == (1, 25, 640), "25 nodes, as the paper"
+
+
+def test_narrow_blocks_keep_the_map():
+    backbone = load_backbone("resnet12_stride8_256", pretrained=False)
+    assert backbone(torch.zeros(1, 3, 40, 40)).shape == (1, 256, 5, 5)
