@@ -20,7 +20,8 @@ from emd_retrieval.matching import (
     node_weights,
     normalize_weights,
 )
-from emd_retrieval.retrieval.store import EncodedSets
+from emd_retrieval.retrieval.candidates import ABSENT
+from emd_retrieval.retrieval.store import EncodedSets, LocalFeatureStore
 
 _PLAIN_WEIGHTS = ("cross_reference", "uniform")
 _CANNOT_BE_CHOSEN = 4.0
@@ -82,6 +83,55 @@ def build_problems(
     return _tensor_problems(matcher, queries, stored, rows, shifts)
 
 
+def build_problems_from_files(
+    matcher: EMDMatcher,
+    queries: Tensor,
+    store: LocalFeatureStore,
+    rows: NDArray[np.int64],
+    shifts: NDArray[np.float32] | None = None,
+) -> Problems | None:
+    """As :func:`build_problems`, each set read and decoded where it is needed.
+
+    Args:
+        matcher: Whose problems; :func:`is_native` holds.
+        queries: On the CPU. Shape: ``[Q, N, D]``, float32.
+        store: Of the candidates.
+        rows: Their positions in the store; -1 as in :func:`build_problems`. Shape: ``[Q, C]``.
+        shifts: As in :func:`build_problems`.
+
+    Returns:
+        ``None`` if the store has to look at the sets itself: where N varies, a set was not held
+        against its checksum yet, or cannot be read (the store tells which).
+    """
+    from emd_retrieval.retrieval import _problems
+
+    flat = rows.reshape(-1)
+    if len(flat) and flat.min() < 0:
+        there = np.flatnonzero(flat != ABSENT)
+        local = np.full(len(flat), ABSENT)
+        local[there] = np.arange(len(there))
+        flat = flat[there]
+    else:
+        local = np.arange(len(flat))
+    places = store.places(flat)
+    if places is None:
+        return None
+    (q, c), n, m = rows.shape, queries.shape[1], store.manifest.nodes or 0
+    problems = Problems(torch.empty(q, c, m, n), torch.empty(q, c, m), torch.empty(q, c, n))
+    whole = _problems.write_problems_from_files(
+        queries.contiguous().numpy(),
+        places.files,
+        places.offsets,
+        store.manifest.codec,
+        local.reshape(rows.shape),
+        *_settings(matcher, shifts),
+        *_arrays(problems),
+        torch.get_num_threads(),
+        None,
+    )
+    return problems if whole else None
+
+
 def _native_problems(
     matcher: EMDMatcher,
     queries: Tensor,
@@ -95,9 +145,6 @@ def _native_problems(
     (q, c), n, m = rows.shape, queries.shape[1], stored.codes.shape[1]
     counts = stored.counts.numpy()
     padded = bool((counts != m).any())
-    absent = _CANNOT_BE_CHOSEN
-    if shifts is not None:
-        absent += 2 * float(np.abs(shifts).max(initial=0))
     problems = Problems(torch.empty(q, c, m, n), torch.empty(q, c, m), torch.empty(q, c, n))
     _problems.write_problems(
         queries.contiguous().numpy(),
@@ -105,18 +152,30 @@ def _native_problems(
         None if stored.scales is None else stored.scales.numpy(),
         counts if padded else None,
         np.ascontiguousarray(rows),
-        shifts,
-        matcher.weights == "uniform",
-        matcher.weight_floor,
-        matcher.weight_floor_scale == "relative",
-        absent,
-        problems.cost.numpy(),
-        problems.stored_weights.numpy(),
-        problems.query_weights.numpy(),
+        *_settings(matcher, shifts),
+        *_arrays(problems),
         torch.get_num_threads(),
         instruction_set,
     )
     return problems
+
+
+def _settings(
+    matcher: EMDMatcher, shifts: NDArray[np.float32] | None
+) -> tuple[NDArray[np.float32] | None, bool, float, bool, float]:
+    """Shifts, uniform, floor, relative floor and absent cost, as the native core takes them."""
+    absent = _CANNOT_BE_CHOSEN
+    if shifts is not None:
+        absent += 2 * float(np.abs(shifts).max(initial=0))
+    uniform, relative = matcher.weights == "uniform", matcher.weight_floor_scale == "relative"
+    return shifts, uniform, matcher.weight_floor, relative, absent
+
+
+def _arrays(
+    problems: Problems,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    cost, stored, query = problems.cost, problems.stored_weights, problems.query_weights
+    return cost.numpy(), stored.numpy(), query.numpy()
 
 
 def _tensor_problems(

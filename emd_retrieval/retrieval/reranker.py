@@ -25,7 +25,14 @@ from emd_retrieval.retrieval.candidates import (
     ids_of,
     rows_of,
 )
-from emd_retrieval.retrieval.problems import Problems, build_problems, decoded, has_problems
+from emd_retrieval.retrieval.problems import (
+    Problems,
+    build_problems,
+    build_problems_from_files,
+    decoded,
+    has_problems,
+    is_native,
+)
 from emd_retrieval.retrieval.store import LocalFeatureStore
 from emd_retrieval.transport import solve, solve_top_k
 from emd_retrieval.transport.simplex import simplex_top_k
@@ -265,8 +272,7 @@ class EMDReranker:
             shifts = (-(1 - alpha) / alpha * extra).astype(np.float32)
         exact = has_problems(self.matcher) and self.matcher.solver in _EXACT_SOLVERS
         if self.prune and exact and alpha > 0:
-            stored, local = self._read(rows)
-            problems = build_problems(self.matcher, queries, stored, local, shifts)
+            problems = self._problems(queries, rows, shifts)
             places, distance, solved = _nearest(problems, k, self.matcher.solver)
             pairs = min(pairs, solved)
         else:
@@ -283,13 +289,22 @@ class EMDReranker:
         """Distances of all candidates, shifted; what stands for absent ones says nothing."""
         if rows.size == 0 or not (rows != ABSENT).any():
             return np.zeros(rows.shape, np.float32)
-        stored, local = self._read(rows)
         if not has_problems(self.matcher):
+            stored, local = self._read(rows)
             distance = self._matcher_distances(queries, decoded(stored, self.device),
                                                stored.counts, local)  # fmt: skip
             return distance if shifts is None else distance + shifts
-        problems = build_problems(self.matcher, queries, stored, local, shifts)
-        return self._solve_all(problems)
+        return self._solve_all(self._problems(queries, rows, shifts))
+
+    def _problems(
+        self, queries: Tensor, rows: NDArray[np.int64], shifts: Floats | None
+    ) -> Problems:
+        if is_native(self.matcher, queries.device):
+            problems = build_problems_from_files(self.matcher, queries, self.store, rows, shifts)
+            if problems is not None:
+                return problems
+        stored, local = self._read(rows)
+        return build_problems(self.matcher, queries, stored, local, shifts)
 
     def _solve_all(self, problems: Problems) -> Floats:
         plan = solve(

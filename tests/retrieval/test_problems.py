@@ -1,13 +1,26 @@
 """Problems straight from stored codes, against the matcher's own costs and weights."""
 
+import os
+
+import numpy as np
 import pytest
 import torch
 from support import structured_sets
 
 from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.retrieval import LocalFeatureStore
-from emd_retrieval.retrieval._problems import instruction_sets, write_problems
-from emd_retrieval.retrieval.problems import _tensor_problems, build_problems, is_native
+from emd_retrieval.retrieval._problems import (
+    instruction_sets,
+    read_rows,
+    write_problems,
+    write_problems_from_files,
+)
+from emd_retrieval.retrieval.problems import (
+    _tensor_problems,
+    build_problems,
+    build_problems_from_files,
+    is_native,
+)
 
 CPU = torch.device("cpu")
 
@@ -112,3 +125,91 @@ def test_the_native_core_refuses_rows_outside(tmp_path, generator):
                 torch.zeros(1, 3, 4).numpy(), codes, None, None, torch.tensor(rows).numpy(), None,
                 False, 0.0, False, 9.0, *out, 1, None,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", ["float32", "float16", "int8"])
+def test_problems_from_files_are_those_from_memory(tmp_path, generator, codec):
+    """Over several shards, with a deleted set in front and candidates that are not there."""
+    path = tmp_path / "s.store"
+    with LocalFeatureStore.create(path, channels=19, nodes=5, codec=codec, shard_rows=4) as writer:
+        writer.append(torch.arange(11), structured_sets(11, 5, 19, generator))
+    store = LocalFeatureStore.open(path)
+    store.delete([2])
+    queries = structured_sets(3, 7, 19, generator)
+    rows = np.array([[9, 0, -1, 4], [3, 9, 2, 6], [-1, -1, 1, -1]])
+    shifts = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    matcher = EMDMatcher()
+    assert build_problems_from_files(matcher, queries, store, rows) is None, "not checked yet"
+    encoded = store.read_encoded()
+    for shift in (None, shifts):
+        read = build_problems_from_files(matcher, queries, store, rows, shift)
+        known = build_problems(matcher, queries, encoded, rows, shift)
+        assert torch.equal(read.cost, known.cost)
+        assert torch.equal(read.stored_weights, known.stored_weights)
+        assert torch.equal(read.query_weights, known.query_weights)
+
+
+def test_sets_of_varying_size_are_left_to_the_store(tmp_path, generator):
+    store = store_of(tmp_path, [structured_sets(1, n, 8, generator)[0] for n in (3, 4)])
+    store.nodes()
+    rows = np.array([[0, 1]])
+    assert build_problems_from_files(EMDMatcher(), torch.ones(1, 3, 8), store, rows) is None
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    """A file of the bytes 0 to 99, and its descriptor."""
+    path = tmp_path / "numbers.bin"
+    path.write_bytes(bytes(range(100)))
+    file = os.open(path, os.O_RDONLY)
+    yield file
+    os.close(file)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_are_read_in_any_order(numbers, threads):
+    starts = np.array([40, 50, 60, 0, 90, 10, 40])
+    read = np.full((7, 10), 255, np.uint8)
+    assert read_rows(numbers, starts, None, read, threads) == (-1, 0)
+    assert (read == starts[:, None] + np.arange(10)).all()
+
+
+def test_rows_on_many_threads(tmp_path, generator):
+    data = torch.randint(256, (400, 5000), dtype=torch.uint8, generator=generator).numpy()
+    data.tofile(tmp_path / "rows.bin")
+    rows = torch.randperm(400, generator=generator).numpy()
+    read = np.empty_like(data)
+    with (tmp_path / "rows.bin").open("rb") as file:
+        assert read_rows(file.fileno(), rows * 5000, None, read, 4) == (-1, 0)
+    assert (read == data[rows]).all()
+
+
+def test_short_rows_end_in_zeros(numbers):
+    lengths = np.array([10, 3, 0, 10])
+    starts = np.array([20, 30, 33, 33])
+    read = np.full((4, 10), 255, np.uint8)
+    assert read_rows(numbers, starts, lengths, read, 1) == (-1, 0)
+    places = np.arange(10)
+    assert (read == np.where(places < lengths[:, None], starts[:, None] + places, 0)).all()
+
+
+def test_the_first_row_that_cannot_be_read_is_named(numbers):
+    read = np.empty((4, 10), np.uint8)
+    assert read_rows(numbers, np.array([70, 80, 90, 100]), None, read, 1) == (3, 0)
+    assert read_rows(numbers, np.array([0, 95, 10, 200]), None, read, 1) == (1, 0)
+    place, error = read_rows(-1, np.array([0]), None, read[:1], 1)
+    assert (place, os.strerror(error)) == (0, "Bad file descriptor")
+    with pytest.raises(ValueError, match="starts: expected zero or more"):
+        read_rows(numbers, np.array([-1]), None, read[:1], 1)
+    with pytest.raises(ValueError, match="lengths: expected zero to the width"):
+        read_rows(numbers, np.array([0]), np.array([11]), read[:1], 1)
+
+
+def test_problems_of_a_file_that_ends_too_early(numbers):
+    out = [np.empty(shape, np.float32) for shape in ((1, 1, 3, 3), (1, 1, 3), (1, 1, 3))]
+    for offset, whole in ((52, True), (53, False)):
+        done = write_problems_from_files(
+            np.ones((1, 3, 4), np.float32), np.array([numbers]), np.array([offset]), "float32",
+            np.array([[0]]), None, False, 0.0, False, 9.0, *out, 1, None,
+        )  # fmt: skip
+        assert done is whole

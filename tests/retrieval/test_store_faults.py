@@ -15,7 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from emd_retrieval.retrieval import LocalFeatureStore, StoreDamagedError, StoreLockedError
+from emd_retrieval.retrieval import (
+    EMDReranker,
+    LocalFeatureStore,
+    StoreDamagedError,
+    StoreLockedError,
+)
 from emd_retrieval.retrieval.store import create_part, join_parts, parts_started
 
 N, D, COUNT = 4, 8, 12
@@ -105,6 +110,58 @@ def test_a_truncated_or_missing_file_is_refused_at_once(store, name, generator):
         LocalFeatureStore.open(store)
     file.write_bytes(whole)
     LocalFeatureStore.open(store, verify=True)
+
+
+@pytest.mark.parametrize("name", ["nodes.bin", "global.bin"])
+@pytest.mark.parametrize("nodes", [N, None])
+def test_a_file_cut_off_under_an_open_store_is_an_error(path, sets, name, nodes):
+    """Not the signal that a mapped file would send."""
+    with LocalFeatureStore.create(path, channels=D, nodes=nodes, global_channels=D) as writer:
+        writer.append(list(range(COUNT)), sets, sets.mean(dim=1))
+    store = LocalFeatureStore.open(path)
+    read = store.nodes if name == "nodes.bin" else store.global_vectors
+    whole = read()
+    file = path / "shard-000000" / name
+    os.truncate(file, file.stat().st_size * 3 // 4)
+    with pytest.raises(StoreDamagedError, match=rf"{name} is truncated: .* row 9 .*\(id 9\)"):
+        read()
+    assert torch.equal(read([8, 0]), whole[[8, 0]])
+    if name == "nodes.bin" and nodes:
+        reranker = EMDReranker(store)
+        assert reranker.rerank(whole[3:4], [[8, 3]], k=1).ids.tolist() == [[3]]
+        with pytest.raises(StoreDamagedError, match="ends before row 10"):
+            reranker.rerank(whole[3:4], [[3, 10]], k=1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_nodes_are_not_mapped_and_files_are_closed(store):
+    files = Path("/proc/self/fd")
+    before = len(list(files.iterdir()))
+    opened = LocalFeatureStore.open(store)
+    opened.nodes()
+    opened.global_vectors()
+    maps = Path("/proc/self/maps").read_text()
+    assert str(store / "shard-000000" / "rows.crc") in maps
+    assert str(store / "shard-000000" / "nodes.bin") not in maps
+    assert str(store / "shard-000000" / "global.bin") not in maps
+    places = opened.places([1])
+    assert places is None, "sets vary in size"
+    del opened
+    assert len(list(files.iterdir())) == before
+
+
+def test_places_keep_their_files_open(path, sets):
+    with LocalFeatureStore.create(path, channels=D, nodes=N, codec="float32") as writer:
+        writer.append(list(range(COUNT)), sets)
+    store = LocalFeatureStore.open(path)
+    assert store.places([3, 1]) is None, "not held against their checksums yet"
+    store.nodes([3, 1])
+    assert store.places([3, 2]) is None
+    places = store.places([3, 1])
+    del store
+    for row, file, offset in zip([3, 1], places.files, places.offsets, strict=True):
+        data = os.pread(int(file), N * D * 4, int(offset))
+        assert data == sets[row].numpy().tobytes()
 
 
 def test_every_flipped_bit_of_the_manifest_is_found(store, generator):

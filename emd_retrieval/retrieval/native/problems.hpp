@@ -49,14 +49,14 @@ struct Task {
   float* query_weights;   // [queries, candidates, query_nodes]
 };
 
-constexpr int64_t kMostLanes = 16;
+constexpr int64_t kMostLanes = 16, kLine = 16;  // floats in the largest register, and in a cache line
 
 // What a thread needs of its own, in floats: a query, a stored set before and after decoding, their
 // products and norms.
 inline int64_t workspace_floats(const Task& task) {
   const Format& format = task.sets.format;
   const int64_t stride = task.query_nodes + 1 + kMostLanes, nodes = format.nodes;
-  const int64_t encoded = task.sets.files ? (nodes * format.node_bytes + 3) / 4 : 0;
+  const int64_t encoded = task.sets.files ? (nodes * format.node_bytes + 3) / 4 + kLine : 0;
   return stride * (format.channels + nodes + 1) + nodes * (format.channels + 1) + encoded;
 }
 

@@ -1,4 +1,4 @@
-"""The local-feature store: sets of local features by id, memory-mapped, in one folder."""
+"""The local-feature store: sets of local features by id, in one folder, read by row."""
 
 from emd_retrieval.retrieval.store.codecs import CODECS, EncodedSets
 from emd_retrieval.retrieval.store.lock import StoreLockedError

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from emd_retrieval.retrieval import _problems
 from emd_retrieval.retrieval.store.codecs import node_bytes
 from emd_retrieval.retrieval.store.manifest import (
     FileRecord,
@@ -36,6 +39,7 @@ Ids = NDArray[np.int64] | list[str]
 
 _INDEX_ENTRY = 12  # a 64-bit key and a 32-bit row
 _READ_AT_ONCE = 4 * 2**20
+_OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def file_names(manifest: StoreManifest) -> list[str]:
@@ -71,7 +75,10 @@ def encode_id(text: str) -> bytes:
 
 
 class ShardReader:
-    """The committed rows of a shard, memory-mapped; rows are checked when they are first read.
+    """The committed rows of a shard; rows are checked when they are first read.
+
+    Ids and checksums are memory-mapped, nodes and global vectors are read: the system maps up to 16
+    pages around one that is touched, by which a process would come to hold most of a large file.
 
     Args:
         store: The store's folder.
@@ -110,6 +117,7 @@ class ShardReader:
                     f"store: {self._folder / name} is truncated: {there} bytes, {size} committed"
                 )
         self._maps: dict[str, Bytes] = {}
+        self._open: dict[str, int] = {}
         if record.indexed:
             # A writer may replace the index at any time; whoever has it mapped keeps it.
             self._map(index_name(record.indexed))
@@ -145,19 +153,16 @@ class ShardReader:
         """
         size = self._node_bytes
         fixed = self._manifest.nodes
-        data = self._map("nodes.bin")
         if fixed is not None:
-            read = np.take(data.reshape(self.rows, fixed * size), rows, axis=0)
+            read = self._read("nodes.bin", rows, rows * (fixed * size), None, fixed * size)
             self._check("nodes.bin", "rows.crc", rows, read)
             return read.reshape(len(rows), fixed, size)
         starts, ends = self._spans("node_ends.bin", rows, self.record.nodes)
-        places = np.arange(width)
-        real = places < (ends - starts)[:, None]
-        read = np.take(data.reshape(-1, size), np.where(real, starts[:, None] + places, 0), axis=0)
-        read[~real] = 0
-        whole = [read[i, :count].reshape(-1) for i, count in enumerate((ends - starts).tolist())]
+        lengths = (ends - starts) * size
+        read = self._read("nodes.bin", rows, starts * size, lengths, width * size)
+        whole = [row[:length] for row, length in zip(read, lengths.tolist(), strict=True)]
         self._check("nodes.bin", "rows.crc", rows, whole)
-        return read
+        return read.reshape(len(rows), width, size)
 
     def global_vectors(self, rows: Rows) -> NDArray[np.float32]:
         """Global vectors of some rows. Shape: ``[n, G]``.
@@ -165,22 +170,27 @@ class ShardReader:
         Raises:
             StoreDamagedError: If a vector does not fit its checksum.
         """
-        read = np.take(self._map("global.bin").reshape(self.rows, -1), rows, axis=0)
+        size = 4 * (self._manifest.global_channels or 0)
+        read = self._read("global.bin", rows, rows * size, None, size)
         self._check("global.bin", "global.crc", rows, read)
         return read.view("<f4")
 
+    def checked_file(self, rows: Rows) -> int | None:
+        """The open file of the nodes if these rows were held against their checksums before."""
+        checked = self._checked.get("nodes.bin")
+        if checked is None or not checked[rows].all():
+            return None
+        return self._file("nodes.bin")
+
     def find(self, ids: Ids, keys: NDArray[Any]) -> Rows:
         """The latest row of each id, -1 where there is none. Shape: ``[n]``."""
+        if self.record.indexed == self.rows:
+            return self._search(*self._index(), ids, keys)
         found = self._search(*self._tail_index(), ids, keys)
         missing = np.flatnonzero(found < 0)
         if self.record.indexed and len(missing):
-            data = self._map(index_name(self.record.indexed))
-            split = self.record.indexed * 8
-            dtype = "<i8" if self._manifest.ids == "int64" else "<u8"
             some = ids[missing] if isinstance(ids, np.ndarray) else [ids[i] for i in missing]
-            found[missing] = self._search(
-                data[:split].view(dtype), data[split:].view("<u4"), some, keys[missing]
-            )
+            found[missing] = self._search(*self._index(), some, keys[missing])
         return found
 
     def problems(self, names: Iterable[str] | None = None) -> Iterator[str]:
@@ -233,6 +243,35 @@ class ShardReader:
                 self._maps[name] = np.frombuffer(mapped, np.uint8)
         return self._maps[name]
 
+    def _file(self, name: str) -> int:
+        """Descriptor of a file that stays open as long as this reader."""
+        if name not in self._open:
+            handle = os.open(self._folder / name, os.O_RDONLY | _OPEN_FLAGS)
+            weakref.finalize(self, os.close, handle)
+            if hasattr(os, "posix_fadvise"):
+                # Without it the system reads neighbours of every row into its cache.
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+            self._open[name] = handle
+        return self._open[name]
+
+    def _read(self, name: str, rows: Rows, starts: Rows, lengths: Rows | None, width: int) -> Bytes:
+        """Bytes at some places of a file, a row each, zero behind its length."""
+        read = np.empty((len(rows), width), np.uint8)
+        if not read.size:
+            return read
+        place, error = _problems.read_rows(
+            self._file(name), starts, lengths, read, torch.get_num_threads()
+        )
+        if place >= 0:
+            path = self._folder / name
+            if error:
+                raise OSError(error, os.strerror(error), str(path))
+            raise StoreDamagedError(
+                f"store: {path} is truncated: it ends before row {rows[place]} does (id "
+                f"{id_text(self.ids(rows[place : place + 1])[0])})"
+            )
+        return read
+
     def _array(self, name: str, dtype: str) -> NDArray[Any]:
         return self._map(name).view(dtype)
 
@@ -269,6 +308,13 @@ class ShardReader:
             return [row.tobytes() for row in ids]
         return [encode_id(text) for text in ids]
 
+    def _index(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Sorted keys and their rows, from the index file."""
+        data = self._map(index_name(self.record.indexed))
+        split = self.record.indexed * 8
+        dtype = "<i8" if self._manifest.ids == "int64" else "<u8"
+        return data[:split].view(dtype), data[split:].view("<u4")
+
     def _tail_index(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """The rows that the index file does not have yet, sorted once, in memory."""
         if self._tail is None:
@@ -281,22 +327,27 @@ class ShardReader:
     def _search(
         self, sorted_keys: NDArray[Any], rows: NDArray[Any], ids: Ids, keys: NDArray[Any]
     ) -> Rows:
-        found = np.full(len(keys), -1)
         if not len(sorted_keys):
-            return found
+            return np.full(len(keys), -1)
         # Of equal keys the last is the latest row: an id is stored again only after its deletion.
-        last = np.searchsorted(sorted_keys, keys, side="right") - 1
-        hits = np.flatnonzero((last >= 0) & (sorted_keys[last] == keys))
-        candidates = rows[last[hits]].astype(np.int64)
+        last = sorted_keys.searchsorted(keys, side="right") - 1
+        # Before the first key comes the last one, which is not equal either, or is the only one.
+        same = (sorted_keys[last] == keys) & (last >= 0)
+        if same.all():
+            hits, candidates = np.arange(len(keys)), rows[last].astype(np.int64)
+        else:
+            hits = np.flatnonzero(same)
+            candidates = rows[last[hits]].astype(np.int64)
         if len(candidates) and candidates.max() >= self.rows:
             raise StoreDamagedError(f"store: {self._folder}: the id index was altered")
         stored = self.ids(candidates)
+        found = np.full(len(keys), -1)
         if isinstance(ids, np.ndarray):
-            wrong = np.flatnonzero(stored != ids[hits])
-            if len(wrong):
+            wrong = np.not_equal(stored, ids[hits])
+            if wrong.any():
+                place = hits[np.flatnonzero(wrong)[0]]
                 raise StoreDamagedError(
-                    f"store: {self._folder}: the id index and ids.bin disagree on id "
-                    f"{ids[hits[wrong[0]]]}"
+                    f"store: {self._folder}: the id index and ids.bin disagree on id {ids[place]}"
                 )
             found[hits] = candidates
             return found

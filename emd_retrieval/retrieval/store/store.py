@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,22 @@ IdsLike = Tensor | NDArray[Any] | Sequence[int] | Sequence[str]
 _SHOWN = 5
 
 
+@dataclass(frozen=True)
+class SetPlaces:
+    """Where sets of one size lie in open files, for those who read in their own loop.
+
+    Attributes:
+        files: A descriptor a set, open as long as this object lives. Shape: ``[n]``, int64.
+        offsets: Where in its file each set starts, in bytes. Shape: ``[n]``, int64.
+    """
+
+    files: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    _keeps_open: Any = field(repr=False)
+
+
 class LocalFeatureStore:
-    """A read-only, memory-mapped view of a store, as it was when it was opened.
+    """A read-only view of a store, as it was when it was opened.
 
     Positions go from 0 to ``len(store) - 1`` in the order of appending; deleted sets have none.
     Appends and deletions by others leave an open view as it is (see :meth:`refresh`). Each set is
@@ -208,8 +222,8 @@ class LocalFeatureStore:
         """
         wanted = check_ids("ids", ids, self.manifest.ids)
         found = self._find(wanted)
-        missing = np.flatnonzero(found < 0)
-        if len(missing):
+        if len(found) and found.min() < 0:
+            missing = np.flatnonzero(found < 0)
             problems = [text for s in self._shards for text in s.problems(s.id_files())]
             if problems:
                 raise StoreDamagedError(f"store: {'; '.join(problems)}")
@@ -219,7 +233,9 @@ class LocalFeatureStore:
                 f"ids: {len(missing)} of {len(wanted)} are not in the store {self.path.name} "
                 f"({len(self)} sets): {shown}{more}"
             )
-        return torch.from_numpy(found - np.searchsorted(self._dead, found))
+        if len(self._dead):
+            found = found - self._dead.searchsorted(found)
+        return torch.from_numpy(found)
 
     def contains(self, ids: IdsLike) -> Tensor:
         """Which ids are in the store. Shape: ``[n]``, bool.
@@ -235,11 +251,7 @@ class LocalFeatureStore:
         Raises:
             ValueError: If a position is out of range.
         """
-        physical = self._physical(rows)
-        counts = np.empty(len(physical), np.int64)
-        for shard, at, local in self._by_shard(physical):
-            counts[at] = shard.counts(local)
-        return torch.from_numpy(counts)
+        return torch.from_numpy(self._counts(self._physical(rows)))
 
     def read_encoded(self, rows: RowsLike | None = None) -> EncodedSets:
         """Some sets as they are stored, for those who decode in their own loop; all by default.
@@ -249,7 +261,7 @@ class LocalFeatureStore:
             StoreDamagedError: If a set was altered.
         """
         physical = self._physical(rows)
-        counts = self.counts(rows).numpy()
+        counts = self._counts(physical)
         width = self.manifest.nodes or (int(counts.max()) if len(counts) else 0)
         codec, channels = self.manifest.codec, self.manifest.channels
         encoded: NDArray[np.uint8] | None = None
@@ -264,6 +276,30 @@ class LocalFeatureStore:
         if encoded is None:
             encoded = np.empty((0, width, node_bytes(codec, channels)), np.uint8)
         return to_tensors(*split(encoded, codec, channels), counts)
+
+    def places(self, rows: RowsLike) -> SetPlaces | None:
+        """Where some sets lie, for those who read and decode in their own loop.
+
+        Returns:
+            ``None`` where N varies, or a set was not held against its checksum yet: then
+            :meth:`read_encoded` does.
+
+        Raises:
+            ValueError: If a position is out of range.
+        """
+        nodes = self.manifest.nodes
+        if nodes is None:
+            return None
+        physical = self._physical(rows)
+        size = nodes * node_bytes(self.manifest.codec, self.manifest.channels)
+        files, offsets = np.empty_like(physical), np.empty_like(physical)
+        for shard, at, local in self._by_shard(physical):
+            file = shard.checked_file(local)
+            if file is None:
+                return None
+            files[at] = file
+            offsets[at] = local * size
+        return SetPlaces(files, offsets, self._shards)
 
     def nodes(self, rows: RowsLike | None = None) -> Tensor:
         """Some sets, decoded; all by default. Shape: ``[n, N, D]``, float32.
@@ -341,20 +377,31 @@ class LocalFeatureStore:
 
     def _find(self, ids: Ids) -> Rows:
         """Rows of ids with deleted ones counted, -1 where there is none."""
-        found = np.full(len(ids), -1)
         keys = id_keys(ids)
-        # From the last shard to the first: an id is stored again only after its deletion.
-        for shard, start in zip(reversed(self._shards), self._starts[-2::-1], strict=True):
-            left = np.flatnonzero(found < 0)
-            if not len(left):
-                break
-            some = ids[left] if isinstance(ids, np.ndarray) else [ids[i] for i in left]
-            local = shard.find(some, keys[left])
-            found[left] = np.where(local >= 0, local + start, -1)
+        if len(self._shards) == 1:
+            found = self._shards[0].find(ids, keys)
+        else:
+            found = np.full(len(ids), -1)
+            # From the last shard to the first: an id is stored again only after its deletion.
+            for shard, start in zip(reversed(self._shards), self._starts[-2::-1], strict=True):
+                left = np.flatnonzero(found < 0)
+                if not len(left):
+                    break
+                some = ids[left] if isinstance(ids, np.ndarray) else [ids[i] for i in left]
+                local = shard.find(some, keys[left])
+                found[left] = np.where(local >= 0, local + start, -1)
         if len(self._dead):
             place = np.searchsorted(self._dead, found).clip(max=len(self._dead) - 1)
             found[self._dead[place] == found] = -1
         return found
+
+    def _counts(self, physical: Rows) -> Rows:
+        if self.manifest.nodes is not None:
+            return np.full(len(physical), self.manifest.nodes)
+        counts = np.empty(len(physical), np.int64)
+        for shard, at, local in self._by_shard(physical):
+            counts[at] = shard.counts(local)
+        return counts
 
     def _physical(self, rows: RowsLike | None) -> Rows:
         """Positions with the deleted rows in front of them counted in."""
