@@ -150,6 +150,10 @@ def _build(kind: Any, content: Any, where: str) -> Any:
             section = f"{where} has" if where else "a recipe has"
             raise ValueError(f"{dotted}: no such setting{hint} ({section}: {', '.join(names)})")
         values[key] = _convert(value, hints[key], dotted)
+    for setting in dataclasses.fields(kind):
+        needed = setting.default is setting.default_factory is dataclasses.MISSING
+        if setting.init and needed and setting.name not in values:
+            raise ValueError(f"{where or 'recipe'}: expected {setting.name!r}, got none")
     try:
         return kind(**values)
     except ValueError as error:

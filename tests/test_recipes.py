@@ -102,6 +102,13 @@ def test_settings_come_in_layers(folder):
     assert list(recipe_files(folder)) == ["contrastive"]
 
 
+def test_overrides_of_a_loss_count_in_any_order(folder):
+    override = ["loss.parameters.beta=3", "loss.name=multi_similarity"]
+    for overrides in (override, override[::-1]):
+        loss = read_recipe(folder / "own.yaml", overrides=overrides).loss
+        assert (loss.name, loss.parameters) == ("multi_similarity", {"beta": 3})
+
+
 def test_a_loss_of_ones_own_takes_no_parameters_of_the_bases(folder):
     (folder / "base.yaml").write_text("loss: {name: arcface, parameters: {scale: 3}}\n")
     assert read_recipe(folder / "own.yaml").loss.parameters == {}

@@ -63,6 +63,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Tune, write the table and the plot, print the choice."""
     from emd_retrieval import workflows
+    from emd_retrieval.cli.options import sizes
     from emd_retrieval.cli.printing import print_record
 
     settings = workflows.TuneReranking(
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         exclude_self=options.exclude_self,
         skip_errors=options.skip_errors,
         alphas=_numbers("--alphas", options.alphas),
-        sizes=[int(size) for size in _numbers("--shortlists", options.shortlists)],
+        sizes=sizes("--shortlists", options.shortlists),
     )
     record, tuned = workflows.tune_queries(settings, options.output)
     print_record(record, options.output)

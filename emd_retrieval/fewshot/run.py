@@ -446,6 +446,8 @@ def _run(
         if resume is not None:
             _LOG.info("going on from %s", checkpoint)
         loader = StageData(batches, stage.source, accumulate=accumulate, workers=workers)
+        # Backbones are built in evaluation mode, and Lightning leaves the mode as it is.
+        stage.train()
         trainer.fit(stage, loader, ckpt_path=resume, weights_only=True)
     extractor = stage.extractor.cpu()
     if (run / BEST_FILE).is_file():

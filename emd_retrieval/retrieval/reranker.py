@@ -153,7 +153,7 @@ class EMDReranker:
                 f"candidate_ids: expected a row for each of the {len(queries)} queries, "
                 f"got {len(ids)}"
             )
-        if not isinstance(k, int) or not 1 <= k <= ids.shape[1]:
+        if not isinstance(k, int | np.integer) or not 1 <= k <= ids.shape[1]:
             raise ValueError(f"k: expected 1 to {ids.shape[1]}, the candidates, got {k}")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected 0 to 1, got {alpha}")
@@ -172,8 +172,8 @@ class EMDReranker:
         similarities[absent] = -np.inf
         scores = similarities.copy()
         if extra is not None:
-            mixed = alpha * similarities + (1 - alpha) * _at(extra, places)
-            scores[~absent] = mixed[~absent]
+            there = ~absent
+            scores[there] = alpha * similarities[there] + (1 - alpha) * _at(extra, places)[there]
         flows = self._flows(queries, chosen) if return_flows else None
         as_tensor = isinstance(query_features, Tensor)
         return Reranking(
@@ -271,7 +271,7 @@ class EMDReranker:
             # so the mixed score is a distance again, which bounds can prune.
             shifts = (-(1 - alpha) / alpha * extra).astype(np.float32)
         exact = has_problems(self.matcher) and self.matcher.solver in _EXACT_SOLVERS
-        if self.prune and exact and alpha > 0:
+        if self.prune and exact and alpha > 0 and pairs:
             problems = self._problems(queries, rows, shifts)
             places, distance, solved = _nearest(problems, k, self.matcher.solver)
             pairs = min(pairs, solved)

@@ -57,7 +57,7 @@ def relevance(
     """
     ids = candidates.ids.tolist()
     unknown = {
-        name for row in ids for name in row if name not in label_of and name not in (-1, None)
+        name for row in ids for name in row if name not in label_of and name not in (-1, None, "")
     }
     if unknown:
         raise ValueError(
@@ -121,6 +121,9 @@ def tune_reranking(
             f"candidates: expected at least {deepest} a query, the largest R (relevant images of "
             f"one query), got {depth}; RP and MAP@R look at the first R places"
         )
+    for name, values in (("alphas", alphas), ("sizes", sizes)):
+        if not len(values):
+            raise ValueError(f"{name}: expected at least one, got none")
     for alpha in alphas:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alphas: expected 0 to 1, got {alpha}")

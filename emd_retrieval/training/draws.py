@@ -58,14 +58,16 @@ class BatchDraw:
                 f"batch_size: {batch_size} images of {images_per_class} a class need {classes} "
                 f"classes to train on, got {len(self.members)}"
             )
-        self._order = lru_cache(maxsize=2)(self._epoch)
 
     def rows(self, number: int) -> Tensor:
         """The rows of a batch, by its number in the run. Shape: ``[batch_size]``."""
         if self.images_per_class == 1:
             places = torch.arange(number * self.batch_size, (number + 1) * self.batch_size)
             return torch.stack(
-                [self._order(place // self.size)[place % self.size] for place in places.tolist()]
+                [
+                    _epoch(self.seed, place // self.size, self.size)[place % self.size]
+                    for place in places.tolist()
+                ]
             )
         generator = generator_of("batch", self.seed, number)
         chosen = torch.randperm(len(self.members), generator=generator)
@@ -82,8 +84,11 @@ class BatchDraw:
         generator = generator_of("view", self.seed, number)
         return torch.randint(count, (self.batch_size,), generator=generator)
 
-    def _epoch(self, epoch: int) -> Tensor:
-        return torch.randperm(self.size, generator=generator_of("epoch", self.seed, epoch))
+
+# Outside of the class: a cache in an instance could not travel to worker processes.
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, size: int) -> Tensor:
+    return torch.randperm(size, generator=generator_of("epoch", seed, epoch))
 
 
 def split_classes(num_classes: int, *, folds: int, fold: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -108,10 +113,10 @@ def split_classes(num_classes: int, *, folds: int, fold: int, seed: int) -> tupl
     order = torch.randperm(num_classes, generator=generator_of("folds", seed))
     if folds == 0:
         return order.sort().values, order[:0]
-    if num_classes < max(folds, 3):
+    held_out = order[fold::folds]
+    if num_classes < folds or num_classes - len(held_out) < 2:
         raise ValueError(
             f"folds: {num_classes} training classes cannot be divided into {folds} folds with two "
-            f"classes left to train on; take fewer folds or more classes"
+            f"classes left to train on; take other folds or more classes"
         )
-    held_out = order[fold::folds]
     return order[~torch.isin(order, held_out)].sort().values, held_out.sort().values

@@ -80,6 +80,10 @@ class Monitor(Callback):
             which must all get the same answer.
         save_best: Writes the weights as they are to a file.
         log_every: Steps between logged losses.
+        origin: Checksums of what a run starts from, by what to call it.
+
+    Raises:
+        ValueError: If a checkpoint is of a run that started from something else.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Monitor(Callback):
         save_best: Callable[[Path], None],
         *,
         log_every: int = 10,
+        origin: Mapping[str, str] | None = None,
     ) -> None:
         self.run = run
         self.settings = settings
@@ -98,6 +103,7 @@ class Monitor(Callback):
         self.validate = validate
         self.save_best = save_best
         self.log_every = log_every
+        self.origin = dict(origin or {})
         self.best: dict[str, float] | None = None
         self.best_step = 0
         self.waited = 0
@@ -113,11 +119,22 @@ class Monitor(Callback):
             "best_step": self.best_step,
             "waited": self.waited,
             "stopped": self.stopped,
+            "origin": self.origin,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        for name, value in state_dict.items():
+        state = dict(state_dict)
+        before = state.pop("origin", {})
+        others = [
+            name for name in self.origin if before.get(name, self.origin[name]) != self.origin[name]
+        ]
+        if others:
+            raise ValueError(
+                f"run: {self.run} was begun with other {' and '.join(others)}; take another "
+                "folder, or remove that one"
+            )
+        for name, value in state.items():
             setattr(self, name, value)
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
@@ -142,10 +159,9 @@ class Monitor(Callback):
         if self._log is not None and (step % self.log_every == 0 or step == 1):
             seconds = time.monotonic() - self._since
             rate = trainer.optimizers[0].param_groups[0]["lr"]
-            self._log.write(
-                step,
-                {"loss": float(outputs["loss"]), "learning_rate": rate, "seconds": seconds},
-            )
+            # Lightning hands out a batch's share of the step's loss.
+            loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+            self._log.write(step, {"loss": loss, "learning_rate": rate, "seconds": seconds})
         if step % self.settings.every and step != self.steps:
             return
         began = time.monotonic()

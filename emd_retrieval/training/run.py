@@ -133,7 +133,8 @@ def train(
     task = MetricLearningTask(
         network, _loss(model, source, parts), recipe.optimization, run=run, seed=recipe.seed
     )
-    monitor = _monitor(model, source, parts, run)
+    origin = {"images": described["sha256"], "weights": started["backbone_sha256"]}
+    monitor = _monitor(model, source, parts, run, origin)
     batches = TrainingData(
         parts.draw,
         parts.train_labels,
@@ -347,7 +348,13 @@ def _loss(model: TrainedModel, source: _Cached | _Decoded, parts: _Parts) -> Met
     return loss
 
 
-def _monitor(model: TrainedModel, source: _Cached | _Decoded, parts: _Parts, run: Path) -> Monitor:
+def _monitor(
+    model: TrainedModel,
+    source: _Cached | _Decoded,
+    parts: _Parts,
+    run: Path,
+    origin: dict[str, str],
+) -> Monitor:
     recipe = model.recipe
 
     def validate() -> dict[str, float]:
@@ -360,6 +367,7 @@ def _monitor(model: TrainedModel, source: _Cached | _Decoded, parts: _Parts, run
         recipe.optimization.steps,
         validate if len(parts.held_out) else None,
         lambda path: save_state(model, path),
+        origin=origin,
     )
 
 
@@ -398,6 +406,8 @@ def _fit(
             enable_model_summary=False,
             callbacks=callbacks,
         )
+        # Models are built in evaluation mode, and Lightning leaves the mode as it is.
+        task.train()
         resume = str(checkpoint) if checkpoint.is_file() else None
         if resume is not None:
             _LOG.info("going on from %s", checkpoint)

@@ -201,7 +201,7 @@ def _index_ids(settings: SearchSettings, store: LocalFeatureStore) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"index_ids: no file {str(path)!r}")
     if path.suffix == ".npy":
-        array = _load(path, "index_ids")
+        array = _load_array(path, "index_ids")
         return array if array.dtype.kind in "iu" else [str(name) for name in array.tolist()]
     names = path.read_text(encoding="utf-8").splitlines()
     if store.manifest.ids == "string":
@@ -219,6 +219,8 @@ def _read_arrays(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
     ids: Any = None
     if path.suffix == ".npz":
         archive = _load(path, "queries")
+        if isinstance(archive, np.ndarray):
+            raise ValueError(f"queries: {path.name} is a single array; rename it to .npy")
         if "nodes" not in archive:
             raise ValueError(
                 f"queries: expected an array 'nodes' in {path.name}, "
@@ -226,7 +228,7 @@ def _read_arrays(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
             )
         array, vectors, ids = (archive.get(name) for name in ("nodes", "global_vectors", "ids"))
     else:
-        array = _load(path, "queries")
+        array = _load_array(path, "queries")
     if array.dtype.kind != "f" or array.ndim not in (2, 3) or not array.size:
         raise ValueError(
             f"queries: expected floating-point sets [Q, N*D] or [Q, N, D] in {path.name}, "
@@ -246,7 +248,7 @@ def _read_arrays(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
     if settings.query_vectors is not None:
         if not settings.query_vectors.is_file():
             raise FileNotFoundError(f"query_vectors: no file {str(settings.query_vectors)!r}")
-        vectors = _load(settings.query_vectors, "query_vectors")
+        vectors = _load_array(settings.query_vectors, "query_vectors")
     if vectors is None:
         pooled = _pooled(nodes, store)
     else:
@@ -268,6 +270,12 @@ def _pooled(nodes: Tensor, store: LocalFeatureStore) -> Tensor:
         place = sum(size * size for size in pyramid[: pyramid.index(1)])
         if place < nodes.shape[1]:
             return nodes[:, place]
+    if settings.get("extractor") == "fcn":
+        raise ValueError(
+            f"queries: the global vectors of the store {store.path.name} are means of the feature "
+            "map, which cannot be told from nodes; pass those of the queries as query_vectors "
+            "(--query-vectors), or global_vectors in the .npz"
+        )
     if settings.get("extractor") in ("grid", "sampling"):
         return nodes.mean(dim=1)
     return global_vectors(nodes)
@@ -377,6 +385,17 @@ def check_same_extractor(store: LocalFeatureStore, ours: Mapping[str, Any]) -> N
                 f"{name}: the features of the store {store.path.name} were made with "
                 f"{made.get(name)!r}, those of the queries would be with {ours.get(name)!r}{hint}"
             )
+
+
+def _load_array(path: Path, name: str) -> Any:
+    """A single array; an archive of several is refused."""
+    loaded = _load(path, name)
+    if isinstance(loaded, dict):
+        raise ValueError(
+            f"{name}: expected one array (.npy), got {path.name} with "
+            f"{', '.join(sorted(loaded)) or 'none'}"
+        )
+    return loaded
 
 
 def _load(path: Path, name: str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from emd_retrieval._checks import check_choice
-from emd_retrieval.settings import parse_override, read_yaml
+from emd_retrieval.settings import merge_settings, parse_override, read_yaml
 from emd_retrieval.training import METHODS, Recipe, recipe_from_dict
 
 BASE_FILE = "base.yaml"
@@ -39,7 +39,7 @@ def read_recipe(
     ours |= method_settings(content.pop("methods", None), path)
     asked_for: dict[str, Any] = {}
     for override in overrides:
-        asked_for = merge_recipes(asked_for, parse_override(override))
+        asked_for = merge_settings(asked_for, parse_override(override))
     if method is None:
         method = section_of(merge_recipes(content, asked_for), "model").get("method", "fcn")
     check_choice("method", method, METHODS)

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from emd_retrieval._files import check_folder
 from emd_retrieval.datasets import UnreadableImageError, decode_rgb
+from emd_retrieval.matching.clusters import METHODS
 from emd_retrieval.records import ResultRecord
 from emd_retrieval.reports import MatchPicture, match_figure, save_figure
 from emd_retrieval.reports.answers import answer_figure
@@ -109,6 +110,8 @@ def _save_pictures(
     output: Path,
 ) -> list[str]:
     assert settings.images is not None  # noqa: S101 (the caller's condition)
+    if ranking.empty:
+        return []
     query = decode_rgb(settings.queries)
     names = [str(name) for name in ranking["id"]]
     pictures: list[Image.Image | None] = []
@@ -133,8 +136,9 @@ def _save_pictures(
     similar = ranking["similarity"].to_numpy()
     place = next((i for i in range(len(names)) if similar[i] < _ITSELF), 0)
     shown = pictures[place]
-    if queries.extractor is None or shown is None:
-        return files
+    matcher = matcher_of(settings, store)
+    if queries.extractor is None or shown is None or matcher.weights in METHODS:
+        return files  # clusters have no place in the image
     made = extraction_of(settings, store)
     boxes = [
         queries.extractor.node_boxes(image, resize=made.resize, crop=made.crop, seed=made.seed)
@@ -143,7 +147,7 @@ def _save_pictures(
     if boxes[0] is None or boxes[1] is None:
         return files
     answer = store.nodes(store.rows_of(ranking["id"].tolist()[place : place + 1]))[0]
-    match = matcher_of(settings, store).match(queries.nodes[0], answer)
+    match = matcher.match(queries.nodes[0], answer)
     view = queries.extractor.evaluation_view(resize=made.resize, crop=made.crop)
     picture = MatchPicture(
         query=view(query),

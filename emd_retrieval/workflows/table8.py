@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ class _Bench:
         """Scores of a cell, a row an image."""
         run = self.settings.runs / str(cell)
         recipe = self.recipes[cell]
-        found = read_scores(run, recipe)
+        found = read_scores(run, recipe, self.test)
         if found is not None:
             return found
         machine = self.settings.machine
@@ -165,8 +165,11 @@ class _Bench:
 
     def _trained_as_raw(self, cell: Cell) -> TrainedModel:
         """The Raw model of a loss and seed, with the nodes of another method."""
-        run = self.settings.runs / str(replace(cell, method=RAW, control=""))
+        raw = replace(cell, method=RAW, control="")
+        run = self.settings.runs / str(raw)
         read_summary(run)
+        # A finished run is only loaded, and refused where recipe, images or weights are others.
+        fit(_recipe_of(self.settings, raw), run, self.training, self.settings.machine)
         recipe = self.recipes[cell]
         model = build_model(
             recipe, weights=self.settings.machine.weights, pretrained=recipe.model.frozen_trunk
@@ -196,12 +199,17 @@ def _recipes(settings: Table8) -> dict[Cell, Recipe]:
                 for control in ("", *settings.controls):
                     if control and method == RAW:
                         continue
-                    own = (*settings.overrides, *CONTROLS.get(control, ()), f"seed={seed}")
                     cell = Cell(loss=loss, method=method, control=control, seed=seed)
-                    recipes[cell] = read_recipe(files[loss], method=method, overrides=own)
+                    recipes[cell] = _recipe_of(settings, cell, files)
     if not recipes:
         raise ValueError("methods: expected at least one, got none")
     return recipes
+
+
+def _recipe_of(settings: Table8, cell: Cell, files: Mapping[str, Path] | None = None) -> Recipe:
+    files = recipe_files(settings.recipes) if files is None else files
+    own = (*settings.overrides, *CONTROLS.get(cell.control, ()), f"seed={cell.seed}")
+    return read_recipe(files[cell.loss], method=cell.method, overrides=own)
 
 
 def _data(settings: Table8, recipes: dict[Cell, Recipe]) -> tuple[ImageCollection, ImageCollection]:

@@ -169,11 +169,11 @@ def write_scores(run: Path, scores: RetrievalScores, test: ImageCollection) -> p
     return table
 
 
-def read_scores(run: Path, recipe: Recipe) -> pd.DataFrame | None:
+def read_scores(run: Path, recipe: Recipe, test: ImageCollection) -> pd.DataFrame | None:
     """What :func:`write_scores` kept; ``None`` where there is nothing yet.
 
     Raises:
-        ValueError: If they are of another recipe; the differing keys are told.
+        ValueError: If they are of another recipe (the differing keys are told) or other images.
     """
     if not (run / SCORES_FILE).is_file() or not (run / RECIPE_FILE).is_file():
         return None
@@ -186,7 +186,10 @@ def read_scores(run: Path, recipe: Recipe) -> pd.DataFrame | None:
             f"run: {run} holds a run of another recipe ({shown}). Take another folder, or remove "
             "that one"
         )
-    return pd.read_parquet(run / SCORES_FILE)
+    scores = pd.read_parquet(run / SCORES_FILE)
+    if not scores.index.isin([test.image_name(row) for row in range(len(test))]).all():
+        raise ValueError(f"run: {run} was scored on other images than {test.name} has now")
+    return scores
 
 
 def keep_recipe(run: Path, recipe: Recipe) -> None:

@@ -227,6 +227,17 @@ def test_frozen_batch_norms_stay(pretrained, splits, tmp_path):
     assert stage.extractor.backbone.training
 
 
+def test_pretraining_learns_the_statistics_of_batch_norms(splits, tmp_path):
+    recipe = recipe_of(pretraining={"steps": 2}, validation={"episodes": 0})
+    run = pretrain(recipe, tmp_path / "run", data=splits["train"], description=None)
+    state = load_file(run.path / "model.safetensors")
+    norms = [name for name in state if name.endswith("running_mean")]
+    assert norms
+    for name in norms:
+        assert state[name].abs().max() > 0, name
+    assert not run.extractor.training
+
+
 @pytest.mark.parametrize("rotation", ["none", "augmentation", "self_supervision"])
 def test_rotations_change_what_is_learned(rotation, pretrained, splits, tmp_path):
     recipe = recipe_of(

@@ -142,6 +142,31 @@ def test_absent_candidates_come_last(store, sets, queries, candidates, settings)
     assert reranker.similarities(queries, short)[2].tolist() == [-np.inf] * 40
 
 
+@pytest.mark.parametrize("ground_cost", ["cosine", "centered_cosine"])
+@pytest.mark.parametrize("nodes", [NODES, None])
+def test_queries_without_any_candidate(tmp_path, sets, queries, ground_cost, nodes):
+    path = tmp_path / "v.store"
+    with LocalFeatureStore.create(path, channels=CHANNELS, nodes=nodes) as writer:
+        writer.append(range(COUNT), sets)
+    reranker = EMDReranker(LocalFeatureStore.open(path), EMDMatcher(ground_cost=ground_cost))
+    for alpha in (0.0, 0.5, 1.0):
+        found = reranker.rerank(
+            queries[:1], [[-1, -1, -1]], np.zeros((1, 3)), np.int64(2), alpha=alpha
+        )
+        assert found.ids.tolist() == [[-1, -1]]
+        assert found.scores.tolist() == [[-np.inf, -np.inf]]
+        assert (found.compared, found.solved) == (0, 0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_short_rows_by_the_first_stage_alone_give_no_warning(store, queries):
+    found = EMDReranker(store).rerank(
+        queries[:1], [[100, 101, -1]], np.array([[0.2, 0.4, -np.inf]]), k=3, alpha=0.0
+    )
+    assert found.ids.tolist() == [[101, 100, -1]]
+    np.testing.assert_allclose(found.scores, [[0.4, 0.2, -np.inf]], rtol=1e-6)
+
+
 def test_flows_move_the_weights_at_the_found_cost(store, sets, queries, candidates):
     found = EMDReranker(store).rerank(queries, candidates, k=3, return_flows=True)
     for query, place in np.ndindex(5, 3):

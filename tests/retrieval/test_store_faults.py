@@ -358,6 +358,28 @@ def hold(path, ready):
         time.sleep(60)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interruption_behind_the_new_manifest_loses_nothing(path, sets, monkeypatch, error):
+    """Ctrl-C while the folder is synced: what the manifest names by then is not cut off."""
+
+    def interrupted(folder):
+        raise error("here")
+
+    with LocalFeatureStore.create(path, **PART) as writer:
+        writer.append(range(4), sets[:4])
+        writer.commit()
+        writer.append(range(4, 8), sets[4:8])
+        with monkeypatch.context() as patch:
+            patch.setattr("emd_retrieval.retrieval.store.manifest.sync_folder", interrupted)
+            with pytest.raises(error, match="here"):
+                writer.commit()
+    store = LocalFeatureStore.open(path, verify=True)
+    assert torch.equal(store.nodes(), sets[:8])
+    with LocalFeatureStore.append_to(path) as writer:
+        writer.append(range(8, 12), sets[8:])
+    assert torch.equal(LocalFeatureStore.open(path, verify=True).nodes(), sets)
+
+
 def test_the_second_of_two_processes_is_refused_until_the_first_is_dead(store, sets):
     ready = multiprocessing.get_context("fork").Event()
     rival = in_process(hold, store, ready)

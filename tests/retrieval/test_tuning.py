@@ -64,10 +64,20 @@ def test_refusals(case):
         tune_reranking(reranker, queries, candidates, hits, torch.full((6,), 31))
     with pytest.raises(ValueError, match=r"alphas: expected 0 to 1, got 2"):
         tune_reranking(*case, alphas=(2.0,))
+    for empty in ("alphas", "sizes"):
+        with pytest.raises(ValueError, match=f"{empty}: expected at least one, got none"):
+            tune_reranking(*case, **{empty: ()})
     with pytest.raises(ValueError, match=r"metric: expected one of P@1, RP, MAP@R"):
         tune_reranking(*case, metric="mAP")
     with pytest.raises(ValueError, match=r"labels: 2 of the candidates have none"):
         relevance(Candidates(np.array([[1, 2, -1]])), ["a"], {})
+
+
+def test_places_filled_up_with_empty_names_need_no_label():
+    """A file of names has no other way to fill short rows up: arrays of text hold no ``None``."""
+    ids = np.array([["wren", "robin"], ["robin", ""]]).astype(object)
+    hits = relevance(Candidates(ids), [1, 2], {"wren": 1, "robin": 2})
+    assert hits.tolist() == [[True, False], [True, False]]
 
 
 def test_the_knn_searches_a_store(case):

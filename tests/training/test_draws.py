@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 
@@ -38,6 +40,13 @@ def test_plain_batches_pass_through_all_images_in_turn():
         assert epoch.sort().values.tolist() == list(range(len(LABELS)))
 
 
+@pytest.mark.parametrize("images_per_class", [1, 4])
+def test_a_draw_travels_to_worker_processes(images_per_class):
+    batches = draw(images_per_class=images_per_class)
+    travelled = pickle.loads(pickle.dumps(batches))  # noqa: S301 (made here)
+    assert torch.equal(travelled.rows(5), batches.rows(5))
+
+
 def test_every_view_is_drawn():
     views = torch.cat([draw().views(number, 3) for number in range(20)])
     assert views.bincount(minlength=3).min() > 30
@@ -59,6 +68,11 @@ def test_folds_are_disjoint_and_cover_all_classes():
     assert split_classes(10, folds=0, fold=0, seed=0)[0].tolist() == list(range(10))
     with pytest.raises(ValueError, match="2 training classes cannot be divided into 2 folds"):
         split_classes(2, folds=2, fold=0, seed=0)
+    with pytest.raises(ValueError, match="3 training classes cannot be divided into 2 folds"):
+        split_classes(3, folds=2, fold=0, seed=0)
+    with pytest.raises(ValueError, match="4 training classes cannot be divided into 5 folds"):
+        split_classes(4, folds=5, fold=0, seed=0)
+    assert len(split_classes(3, folds=2, fold=1, seed=0)[0]) == 2
 
 
 def test_generators_tell_their_parts_apart():

@@ -98,6 +98,9 @@ def test_settings_that_do_not_go_together():
         recipe_from_dict({"loss": LOSS, "model": {"method": "raw"}, "similarity": "mean"})
     with pytest.raises(ValueError, match=r"loss: expected a section with a name, got none"):
         recipe_from_dict({"seed": 1})
+    for loss in ({"parameters": {"beta": 2}}, {}, None):
+        with pytest.raises(ValueError, match=r"^loss: expected 'name', got none$"):
+            recipe_from_dict({"loss": loss})
 
 
 def test_files_that_are_no_recipes(file, tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from training.recipes import small_birds, small_recipe
 
+from emd_retrieval.datasets import demo_birds
 from emd_retrieval.training import (
     NonFiniteLossError,
     build_model,
@@ -120,6 +121,42 @@ def test_every_method_learns(method, run):
     assert max(losses[-2:]) < 0.75 * losses[0]
     assert found.summary["validation"] is None
     assert found.summary["best_step"] == found.summary["steps"] == 40
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_batch_norms_learn_statistics_unless_frozen(frozen, run):
+    changes = {**FINE_TUNED, "model__frozen_batch_norm": frozen, "validation__folds": 0}
+    after = run(**changes).model.extractor.state_dict()
+    before = build_model(small_recipe(**changes)).extractor.state_dict()
+    statistics = [name for name in before if name.endswith("running_mean")]
+    assert statistics
+    assert all(torch.equal(before[name], after[name]) is frozen for name in statistics)
+
+
+@pytest.mark.parametrize("what", ["images", "weights"])
+def test_a_killed_run_does_not_go_on_with_other(what, run, monkeypatch, tmp_path, cache):
+    with monkeypatch.context() as patch:
+        kill_at(4, patch)
+        with pytest.raises(Killed):
+            run("killed")
+    data, weights = small_birds(), None
+    if what == "images":
+        data = demo_birds(8, 6, size=48, seed=9)
+    else:
+        other = build_model(small_recipe(seed=7)).extractor.backbone.model
+        weights = tmp_path / "other.safetensors"
+        save_file({name: part.contiguous() for name, part in other.state_dict().items()}, weights)
+    with pytest.raises(ValueError, match=f"was begun with other {what}; take another folder"):
+        train(
+            small_recipe(), tmp_path / "killed", data=data, cache=cache, weights=weights, workers=0
+        )
+
+
+def test_the_logged_loss_is_that_of_a_batch_however_many_make_a_step(run):
+    first = [
+        float(read_log(run(f"run{n}", optimization__accumulate=n).path)[1]["loss"]) for n in (1, 4)
+    ]
+    assert first[1] > 0.6 * first[0]
 
 
 def test_fine_tuning_moves_the_trunk_and_keeps_batch_norms(run):

@@ -215,6 +215,17 @@ def test_inputs_that_do_not_fit(tmp_path, gallery, image_folder):
         )
 
 
+def test_an_archive_in_place_of_an_array_and_the_other_way_round(tmp_path, gallery):
+    nodes = np.ones((2, 4, 16), np.float32)
+    np.savez(tmp_path / "vectors.npz", vectors=nodes[:, 0])
+    with pytest.raises(ValueError, match=r"query_vectors: expected one array .* with vectors"):
+        rerank_queries(settings_of(gallery, query_vectors=tmp_path / "vectors.npz"))
+    np.save(tmp_path / "single.npy", nodes)
+    (tmp_path / "single.npy").rename(tmp_path / "single.npz")
+    with pytest.raises(ValueError, match=r"queries: single\.npz is a single array"):
+        rerank_queries(settings_of(gallery, queries=tmp_path / "single.npz"))
+
+
 def test_a_store_of_another_extractor_is_refused(tmp_path, image_store, image_folder, weights):
     plain = RerankQueries(store=image_store, queries=image_folder, k=2, shortlist=4)
     with pytest.raises(ValueError, match=r"weights\w*: .* pass the same weights file again"):
@@ -265,6 +276,28 @@ def test_search_draws_the_answer(tmp_path, image_store, image_folder, weights):
         search_image(replace(settings, images=tmp_path), tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="image: no file"):
         search_image(replace(settings, queries=tmp_path / "none.png"))
+
+
+def test_search_by_clusters_draws_the_answer_without_the_match(
+    tmp_path, image_store, image_folder, weights
+):
+    settings = SearchImage(
+        store=image_store, queries=image_folder / "wren" / "01.png", weights=weights, k=2,
+        shortlist=4, images=image_folder, matching={"weights": "k_means", "clusters": 3},
+    )  # fmt: skip
+    record, _ = search_image(settings, tmp_path / "out")
+    assert record.figures == ("answer.png",)
+
+
+def test_search_without_an_answer_draws_nothing(tmp_path, image_store, image_folder, weights):
+    np.savez(tmp_path / "none.npz", ids=np.array([["", ""]]), queries=np.array(["01.png"]))
+    settings = SearchImage(
+        store=image_store, queries=image_folder / "wren" / "01.png", weights=weights, k=2,
+        shortlist=2, images=image_folder, candidates=tmp_path / "none.npz",
+    )  # fmt: skip
+    record, ranking = search_image(settings, tmp_path / "out")
+    assert ranking.empty
+    assert record.figures == ()
 
 
 def test_tuning_scores_every_setting_and_chooses(tmp_path, gallery):
@@ -346,3 +379,22 @@ def test_global_vectors_of_arrays_follow_the_stores_rule(
     _, expected = rerank_queries(by_images)
     _, found = rerank_queries(replace(by_images, queries=tmp_path / "queries.npy"))
     assert found["id"].tolist() == expected["id"].tolist()
+
+
+def test_global_vectors_that_nodes_do_not_tell_are_asked_for(tmp_path, image_folder, weights):
+    path = tmp_path / "flat.store"
+    extract_images(
+        ExtractImages(
+            images=image_folder, store=path, backbone=BACKBONE, weights=weights, crop=64,
+            resize=64, pyramid=(2,),
+        )
+    )  # fmt: skip
+    store = LocalFeatureStore.open(path)
+    nodes, vectors = store.nodes(torch.arange(2)), store.global_vectors(torch.arange(2))
+    np.savez(tmp_path / "alone.npz", nodes=nodes)
+    np.savez(tmp_path / "both.npz", nodes=nodes, global_vectors=vectors)
+    queries = RerankQueries(store=path, queries=tmp_path / "alone.npz", k=1, shortlist=5)
+    with pytest.raises(ValueError, match=r"cannot be told from nodes; pass those of the queries"):
+        rerank_queries(queries)
+    _, ranking = rerank_queries(replace(queries, queries=tmp_path / "both.npz"))
+    assert ranking["id"].tolist() == store.ids_at(torch.arange(2))

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -175,6 +176,32 @@ def test_a_changed_recipe_is_told_and_not_mixed_in(table):
     changed = replace(settings, controls=(), overrides=overrides, losses=("contrastive",))
     with pytest.raises(RuntimeError, match=r"all 2 cells failed.* holds a run of another recipe"):
         run_table8(changed)
+
+
+def test_emd_at_evaluation_takes_no_raw_model_of_another_recipe(table):
+    settings, _, folder = table
+    runs = folder / "other_runs"
+    shutil.copytree(settings.runs / "contrastive/raw", runs / "contrastive/raw")
+    changed = replace(
+        settings, runs=runs, controls=("evaluation",), losses=("contrastive",),
+        overrides=("optimization.learning_rate=0.5",),
+    )  # fmt: skip
+    _, failures = run_table8(changed)
+    assert {str(cell) for cell in failures} == {
+        "contrastive/raw/seed0", "contrastive/fcn-evaluation/seed0",
+    }  # fmt: skip
+    assert all("holds a run of another recipe" in why for why in failures.values())
+
+
+def test_scores_on_other_images_are_told_and_not_mixed_in(table):
+    settings, _, folder = table
+    runs = folder / "stale_runs"
+    shutil.copytree(settings.runs / "contrastive/raw", runs / "contrastive/raw")
+    file = runs / "contrastive/raw/seed0/scores.parquet"
+    pd.read_parquet(file).rename(index=lambda name: f"other/{name}").to_parquet(file)
+    stale = replace(settings, runs=runs, controls=(), losses=("contrastive",), methods=("raw",))
+    with pytest.raises(RuntimeError, match="was scored on other images than"):
+        run_table8(stale)
 
 
 @pytest.mark.parametrize(

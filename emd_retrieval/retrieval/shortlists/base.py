@@ -70,7 +70,7 @@ def query_array(
 
 def check_count(k: int) -> None:
     """Raise unless ``k`` is a positive whole number."""
-    if not isinstance(k, int) or k < 1:
+    if not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"k: expected a whole number of 1 or more, got {k!r}")
 
 

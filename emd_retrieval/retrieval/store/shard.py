@@ -484,10 +484,15 @@ class ShardWriter:
             if path.name not in self._records:
                 path.unlink()
 
-    def roll_back(self) -> None:
-        """Cut off what no manifest has, so that a full disk gets its room back."""
+    def roll_back(self, named: ShardRecord | None = None) -> None:
+        """Cut off what no manifest has, so that a full disk gets its room back.
+
+        Args:
+            named: The shard as the manifest on disk has it; by default as the last commit left it.
+        """
+        kept = self._committed if named is None else named
         for name, file in self._files.items():
-            size = self._committed.files.get(name, FileRecord()).bytes
+            size = kept.files.get(name, FileRecord()).bytes
             if os.fstat(file.fileno()).st_size > size:
                 file.truncate(size)
             file.seek(size)

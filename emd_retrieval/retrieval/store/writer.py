@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -278,7 +279,11 @@ class StoreWriter:
         """After a failed write: files back to what is committed, and no more writing."""
         try:
             if self._shard is not None:
-                self._shard.roll_back()
+                # The failure, or Ctrl-C, may have come when the manifest was replaced already: what
+                # it names now must stay.
+                with suppress(OSError, ValueError):
+                    named = {shard.path: shard for shard in read_manifest(self.path).shards}
+                    self._shard.roll_back(named.get(self._shard.path))
         finally:
             self._release()
 
