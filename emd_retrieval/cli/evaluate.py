@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from emd_retrieval.cli.options import add_extractor_options
+
 EXAMPLES = """examples:
   a dataset, its classes 101 to 200, the paper's pyramid, every pair compared:
     emd-retrieval evaluate --data CUB_200_2011 --classes 101-200 --backbone resnet50.tv_in1k \\
@@ -46,24 +48,9 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     images.add_argument(
         "--model", type=Path, metavar="RUN", help="a trained run (emd-retrieval train), no backbone"
     )
-    images.add_argument("--backbone", default="resnet50", metavar="NAME", help="timm (resnet50)")
-    images.add_argument(
-        "--weights", type=Path, metavar="FILE", help="local file; timm's hub without"
-    )
-    images.add_argument("--layer", type=int, metavar="I", help="intermediate feature map (last)")
-    images.add_argument(
-        "--extractor", default="fcn", choices=["fcn", "grid", "sampling"], help="nodes (fcn)"
-    )
-    images.add_argument("--pyramid", default="3,2,1", metavar="SIZES", help="fcn: levels (3,2,1)")
+    add_extractor_options(images)
     images.add_argument("--include-map", action="store_true", help="fcn: append the map's cells")
-    images.add_argument("--grid", default="3,2", metavar="SIZES", help="grid: levels (3,2)")
     images.add_argument("--context", type=float, default=2.0, metavar="X", help="grid: enlarge (2)")
-    images.add_argument("--patches", type=int, default=25, metavar="P", help="sampling: (25)")
-    images.add_argument(
-        "--patch-size", type=int, metavar="PX", help="grid, sampling: side (the backbone's own)"
-    )
-    images.add_argument("--resize", type=int, default=256, metavar="PX", help="short side (256)")
-    images.add_argument("--crop", type=int, default=224, metavar="PX", help="centre crop (224)")
     images.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
     images.add_argument("--device", default=None, help="torch device (cuda where there is one)")
     images.add_argument("--bf16", action="store_true", help="run the backbone in bfloat16")
@@ -115,8 +102,7 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
     from emd_retrieval import workflows
     from emd_retrieval._checks import check_choice
     from emd_retrieval.cli.options import (
-        refuse_beside_a_model,
-        refuse_other_extractors,
+        check_extractor_options,
         set_threads,
         sizes,
         torch_device,
@@ -128,10 +114,7 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
 
     set_threads(options.threads)
     _refuse_foreign(options, default)
-    if options.model is None:
-        refuse_other_extractors(options, default)
-    else:
-        refuse_beside_a_model(options, default)
+    check_extractor_options(options, default)
     check_choice("--solver", options.solver, available_solvers())
     output = options.output or Path("runs/evaluate")
     matcher = EMDMatcher(

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from emd_retrieval.cli.options import add_extractor_options
+
 EXAMPLES = """examples:
   which part of one bird matches which part of the other:
     emd-retrieval explain a.jpg b.jpg --backbone resnet50 --weights resnet50.safetensors
@@ -32,22 +34,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     features.add_argument(
         "--model", type=Path, metavar="RUN", help="a trained run (emd-retrieval train), no backbone"
     )
-    features.add_argument("--backbone", default="resnet50", metavar="NAME", help="timm (resnet50)")
-    features.add_argument(
-        "--weights", type=Path, metavar="FILE", help="local file; timm's hub without"
-    )
-    features.add_argument("--layer", type=int, metavar="I", help="intermediate feature map (last)")
-    features.add_argument(
-        "--extractor", default="fcn", choices=["fcn", "grid", "sampling"], help="(fcn)"
-    )
-    features.add_argument("--pyramid", default="3,2,1", metavar="SIZES", help="fcn: levels (3,2,1)")
-    features.add_argument("--grid", default="3,2", metavar="SIZES", help="grid: levels (3,2)")
-    features.add_argument("--patches", type=int, default=25, metavar="P", help="sampling: (25)")
-    features.add_argument(
-        "--patch-size", type=int, metavar="PX", help="grid, sampling: side (the backbone's)"
-    )
-    features.add_argument("--resize", type=int, default=256, metavar="PX", help="short side (256)")
-    features.add_argument("--crop", type=int, default=224, metavar="PX", help="centre crop (224)")
+    add_extractor_options(features)
     features.add_argument("--device", default=None, help="torch device (cuda where there is one)")
     out = parser.add_argument_group("output")
     out.add_argument("--format", default="png", metavar="F", help="png, svg or png,svg (png)")
@@ -66,18 +53,14 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
     """
     from emd_retrieval import workflows
     from emd_retrieval.cli.options import (
-        refuse_beside_a_model,
-        refuse_other_extractors,
+        check_extractor_options,
         set_threads,
         sizes,
         torch_device,
     )
 
     set_threads(options.threads)
-    if options.model is None:
-        refuse_other_extractors(options, default)
-    else:
-        refuse_beside_a_model(options, default)
+    check_extractor_options(options, default)
     match, files = workflows.explain_images(
         workflows.ExplainImages(
             query=options.query,

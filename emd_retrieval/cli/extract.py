@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from emd_retrieval.cli.options import add_extractor_options
+
 EXAMPLES = """examples:
   all images below a folder, 14 nodes an image, half precision:
     emd-retrieval extract --images photos/ --store photos.store --backbone resnet50.tv_in1k
@@ -39,23 +41,8 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     features.add_argument(
         "--model", type=Path, metavar="RUN", help="a trained run (emd-retrieval train), no backbone"
     )
-    features.add_argument(
-        "--extractor", default="fcn", choices=["fcn", "grid", "sampling"], help="(fcn)"
-    )
-    features.add_argument("--backbone", default="resnet50", metavar="NAME", help="timm (resnet50)")
-    features.add_argument(
-        "--weights", type=Path, metavar="FILE", help="local file; timm's hub without"
-    )
-    features.add_argument("--layer", type=int, metavar="I", help="intermediate feature map (last)")
-    features.add_argument("--pyramid", default="3,2,1", metavar="SIZES", help="fcn: levels (3,2,1)")
+    add_extractor_options(features)
     features.add_argument("--include-map", action="store_true", help="fcn: append the map's cells")
-    features.add_argument("--grid", default="3,2", metavar="SIZES", help="grid: levels (3,2)")
-    features.add_argument("--patches", type=int, default=25, metavar="P", help="sampling: (25)")
-    features.add_argument(
-        "--patch-size", type=int, metavar="PX", help="grid, sampling: side (the backbone's)"
-    )
-    features.add_argument("--resize", type=int, default=256, metavar="PX", help="short side (256)")
-    features.add_argument("--crop", type=int, default=224, metavar="PX", help="centre crop (224)")
 
     stored = parser.add_argument_group("store")
     stored.add_argument(
@@ -90,8 +77,7 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
     """
     from emd_retrieval import workflows
     from emd_retrieval.cli.options import (
-        refuse_beside_a_model,
-        refuse_other_extractors,
+        check_extractor_options,
         set_threads,
         sizes,
         torch_device,
@@ -99,10 +85,7 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
     from emd_retrieval.features.extraction import default_workers
 
     set_threads(options.threads)
-    if options.model is None:
-        refuse_other_extractors(options, default)
-    else:
-        refuse_beside_a_model(options, default)
+    check_extractor_options(options, default)
     part, parts = _shard(options.shard)
     done = workflows.extract_images(
         workflows.ExtractImages(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _EXTRACTOR_OPTIONS = {
@@ -18,6 +19,34 @@ _OF_A_MODEL = (
     "backbone", "layer", "extractor", *_EXTRACTOR_OPTIONS, "resize", "crop", "ground_cost",
     "node_weights", "weight_floor", "solver",
 )  # fmt: skip
+
+
+def add_extractor_options(group: Any) -> None:
+    """What turns images into nodes: backbone, extractor, sizes."""
+    group.add_argument("--backbone", default="resnet50", metavar="NAME", help="timm (resnet50)")
+    group.add_argument(
+        "--weights", type=Path, metavar="FILE", help="local file; timm's hub without"
+    )
+    group.add_argument("--layer", type=int, metavar="I", help="intermediate feature map (last)")
+    group.add_argument(
+        "--extractor", default="fcn", choices=["fcn", "grid", "sampling"], help="nodes (fcn)"
+    )
+    group.add_argument("--pyramid", default="3,2,1", metavar="SIZES", help="fcn: levels (3,2,1)")
+    group.add_argument("--grid", default="3,2", metavar="SIZES", help="grid: levels (3,2)")
+    group.add_argument("--patches", type=int, default=25, metavar="P", help="sampling: (25)")
+    group.add_argument(
+        "--patch-size", type=int, metavar="PX", help="grid, sampling: side (the backbone's own)"
+    )
+    group.add_argument("--resize", type=int, default=256, metavar="PX", help="short side (256)")
+    group.add_argument("--crop", type=int, default=224, metavar="PX", help="centre crop (224)")
+
+
+def check_extractor_options(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
+    """Refuse what the chosen extractor, or the trained run, does not read."""
+    if options.model is None:
+        _refuse_other_extractors(options, default)
+    else:
+        _refuse_beside_a_model(options, default)
 
 
 def torch_device(name: str | None) -> str:
@@ -53,7 +82,7 @@ def set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def refuse_other_extractors(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
+def _refuse_other_extractors(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
     """An option that the chosen extractor does not read would change nothing, without a word."""
     for name, readers in _EXTRACTOR_OPTIONS.items():
         if options.extractor not in readers and _chosen(options, name, default):
@@ -63,7 +92,7 @@ def refuse_other_extractors(options: argparse.Namespace, default: Callable[[str]
             )
 
 
-def refuse_beside_a_model(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
+def _refuse_beside_a_model(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
     """A trained run knows its backbone, extractor, views and matching."""
     for name in _OF_A_MODEL:
         if _chosen(options, name, default):
