@@ -82,7 +82,8 @@ def qpth_value(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
     """The paper's training solver in the form of the authors' code: L2, strength 1e-6, float64."""
     layer = importlib.import_module("qpth.qp")
     leading, (N, M) = cost.shape[:-2], cost.shape[-2:]
-    cost, supply, demand = (x.double().flatten(0, 1).flatten(1) for x in (cost, supply, demand))
+    cost = cost.double().reshape(-1, N * M)
+    supply, demand = supply.double().reshape(-1, N), demand.double().reshape(-1, M)
     demand = demand * (supply.sum(1, keepdim=True) / demand.sum(1, keepdim=True))
     identity = torch.eye(N * M, dtype=cost.dtype, device=cost.device)
     ones = cost.new_ones(1, max(N, M))
