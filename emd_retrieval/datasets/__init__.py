@@ -5,14 +5,13 @@ from emd_retrieval.datasets.base import (
     ImageCollection,
     ImageDataset,
     UnreadableImage,
-    UnreadableImageError,
     check_readable,
-    decode_rgb,
     find_unreadable,
 )
 from emd_retrieval.datasets.bird_drawing import BirdSpecies, draw_bird
 from emd_retrieval.datasets.cifar import load_cifar100, load_cifar_fs, load_fc100
 from emd_retrieval.datasets.cub import load_cub
+from emd_retrieval.datasets.decoding import UnreadableImageError, decode_rgb
 from emd_retrieval.datasets.demo_birds import demo_birds, demo_species
 from emd_retrieval.datasets.fewshot import (
     FEWSHOT_DATASETS,

@@ -1,4 +1,4 @@
-"""Labelled image collections: what is in one, which classes of it, and how an image is decoded.
+"""Labelled image collections: what is in one, which classes of it, which of its images are sound.
 
 Where the images come from (CUB, folders, the demo set) lives in the modules beside this one;
 nothing here knows models or features.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,34 +17,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
+from emd_retrieval.datasets.decoding import UnreadableImageError, decode_rgb, image_size
 from emd_retrieval.progress import progress
 
 ClassSpec = str | Sequence[str | int]
 
 # A typing error in a range must not be spelled out number by number.
 _WIDEST_RANGE = 100_000
-
-# What Pillow's decoders are known to raise on damaged files.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
-class UnreadableImageError(ValueError):
-    """One or more images cannot be decoded; the message names them and why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,24 +193,6 @@ class ImageDataset(Dataset[tuple[Any, int, int]]):
         return item, int(self.collection.labels[index]), index
 
 
-def decode_rgb(path: Path) -> Image.Image:
-    """Decode an image file to RGB, 8 bits a channel, upright.
-
-    The EXIF orientation is applied; transparency is laid over white; 16-bit grey is scaled to
-    8 bits; palettes, CMYK and other colour spaces are converted; of several frames the first
-    counts.
-
-    Raises:
-        UnreadableImageError: If the file is missing, no image, damaged, or holds values of unknown
-            range (32-bit integers or floats).
-    """
-    try:
-        with Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image), image.format)
-    except _DECODE_ERRORS as error:
-        raise UnreadableImageError(f"{path}: {_reason(error)}") from error
-
-
 @dataclass(frozen=True)
 class UnreadableImage:
     """An image that cannot be decoded: its index in the collection, its name, and why."""
@@ -254,7 +216,7 @@ def find_unreadable(collection: ImageCollection, *, decode: bool = False) -> lis
     """
     if isinstance(collection.images, np.ndarray):
         return []
-    look = decode_rgb if decode else _read_header
+    look: Callable[[Path], object] = decode_rgb if decode else image_size
 
     def problem(path: Path) -> str | None:
         try:
@@ -392,41 +354,6 @@ def _number_ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
-    mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and file_format in ("PNG", "PPM")):
-        # Pillow clips 16-bit grey to 255 on conversion; 65535 / 257 = 255.
-        grey = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(np.rint(grey).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if mode in ("I", "F"):
-        raise ValueError(
-            f"holds 32-bit values (mode {mode}), whose range is unknown; convert it to 8 or 16 bits"
-        )
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _read_header(path: Path) -> None:
-    try:
-        with Image.open(path):
-            pass
-    except _DECODE_ERRORS as error:
-        raise UnreadableImageError(f"{path}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "file not found"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or one of an unknown format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error) or type(error).__name__
 
 
 def _relative(path: Path, root: Path | None) -> str:

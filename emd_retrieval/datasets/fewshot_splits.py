@@ -9,10 +9,9 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from PIL import Image
-
 from emd_retrieval._checks import check_choice
 from emd_retrieval.datasets.base import ImageCollection
+from emd_retrieval.datasets.decoding import image_size
 from emd_retrieval.datasets.image_folder import load_image_folder
 
 SPLITS = ("train", "val", "test")
@@ -67,10 +66,7 @@ def split_folder(root: Path, split: str, name: str, source: str) -> ImageCollect
 def warn_if_shrunk(collection: ImageCollection) -> None:
     """Warn where the images seem to be copies shrunk to 84 x 84, which cost accuracy."""
     files = [image for image in collection.images if isinstance(image, Path)]
-    sizes = []
-    for file in files[:: max(1, len(files) // _LOOKED_AT)]:
-        with Image.open(file) as image:
-            sizes.append(max(image.size))
+    sizes = [max(image_size(file)) for file in files[:: max(1, len(files) // _LOOKED_AT)]]
     if sizes and max(sizes) <= _SHRUNK:
         warnings.warn(
             f"{collection.name}: the images are at most {max(sizes)} pixels wide and high, as in "

@@ -1,4 +1,4 @@
-"""Collections: class specs, subsets, identity, and what decoding makes of odd and broken files."""
+"""Collections: class specs, subsets, identity, and which of their images are sound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from emd_retrieval.datasets import (
     ImageDataset,
     UnreadableImageError,
     check_readable,
-    decode_rgb,
     find_unreadable,
     load_image_folder,
 )
@@ -158,86 +157,6 @@ def test_dataset_serves_image_label_and_index(birds: ImageCollection) -> None:
     assert images.shape == (8, 6, 5, 3)
     assert images[:, 0, 0, 0].tolist() == indices.tolist() == list(range(8))
     assert labels.tolist() == birds.labels.tolist()
-
-
-class TestDecoding:
-    """Every kind of file ends as 8-bit RGB with the colours and the way up a viewer shows."""
-
-    def test_exif_orientation(self, tmp_path: Path) -> None:
-        image = Image.new("RGB", (6, 4))
-        image.paste((255, 0, 0), (0, 0, 3, 4))
-        exif = Image.Exif()
-        exif[0x0112] = 6  # the camera was held so that the picture needs a quarter turn
-        image.save(tmp_path / "turned.png", exif=exif)
-        decoded = decode_rgb(tmp_path / "turned.png")
-        assert decoded.size == (4, 6)
-        assert decoded.getpixel((0, 0)) == (255, 0, 0)
-        assert decoded.getpixel((0, 5)) == (0, 0, 0)
-
-    @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-    def test_sixteen_bit_grey(self, tmp_path: Path, suffix: str) -> None:
-        values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
-        Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
-        decoded = np.asarray(decode_rgb(tmp_path / f"deep.{suffix}"))
-        assert decoded[0].tolist() == [[0] * 3, [100] * 3, [255] * 3]
-
-    def test_transparency_is_laid_over_white(self, tmp_path: Path) -> None:
-        image = Image.new("RGBA", (3, 1))
-        image.putpixel((0, 0), (10, 20, 30, 255))
-        image.putpixel((1, 0), (200, 0, 0, 0))
-        image.putpixel((2, 0), (0, 0, 0, 51))
-        image.save(tmp_path / "clear.png")
-        decoded = decode_rgb(tmp_path / "clear.png")
-        colours = [decoded.getpixel((x, 0)) for x in range(3)]
-        assert colours == [(10, 20, 30), (255, 255, 255), (204, 204, 204)]
-
-    def test_palette_with_transparency(self, tmp_path: Path) -> None:
-        image = Image.new("P", (2, 1))
-        image.putpalette([255, 0, 0, 0, 0, 255])
-        image.putpixel((1, 0), 1)
-        image.save(tmp_path / "palette.gif", transparency=0)
-        decoded = decode_rgb(tmp_path / "palette.gif")
-        assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 255)]
-
-    @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LA", "LAB"])
-    def test_other_modes(self, tmp_path: Path, mode: str) -> None:
-        white = {"LAB": (255, 128, 128), "CMYK": (0, 0, 0, 0), "YCbCr": (255, 128, 128)}
-        image = Image.new(mode, (8, 8), white.get(mode, "white"))
-        suffix = {"CMYK": "jpg", "YCbCr": "jpg", "LAB": "tif"}.get(mode, "png")
-        image.save(tmp_path / f"image.{suffix}")
-        decoded = np.asarray(decode_rgb(tmp_path / f"image.{suffix}"))
-        assert decoded.shape == (8, 8, 3)
-        assert decoded.min() >= 254
-
-    def test_values_of_unknown_range_are_refused(self, tmp_path: Path) -> None:
-        Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
-        with pytest.raises(UnreadableImageError, match=r"32-bit values .* convert it"):
-            decode_rgb(tmp_path / "float.tif")
-
-    def test_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UnreadableImageError, match=r"gone\.jpg: file not found"):
-            decode_rgb(tmp_path / "gone.jpg")
-
-    @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp", "tif"])
-    def test_damage_never_escapes_as_another_error(self, tmp_path: Path, suffix: str) -> None:
-        rng = np.random.default_rng(0)
-        path = tmp_path / f"image.{suffix}"
-        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
-        whole = path.read_bytes()
-        messages = []
-        for trial in range(150):
-            damaged = bytearray(whole[: rng.integers(len(whole))] if trial % 2 else whole)
-            for place in rng.integers(0, max(len(damaged), 1), 3):
-                if damaged:
-                    damaged[place % min(len(damaged), 80)] = rng.integers(256)
-            path.write_bytes(damaged)
-            try:
-                decode_rgb(path)
-            except UnreadableImageError as error:
-                messages.append(str(error))
-        assert len(messages) > 20
-        assert all(str(path) in message for message in messages)
 
 
 class TestCheckReadable:

@@ -172,7 +172,7 @@ def test_other_weights_are_refused(settings, tmp_path):
 
 def test_an_unreadable_image_stops_the_run_and_loses_nothing(damaged):
     (damaged.images / "robin" / "03.png").unlink()
-    message = "tit/03.png: not an image.*--skip-errors.*; 4 images are stored already"
+    message = "tit/03.png: the file is empty.*--skip-errors.*; 4 images are stored already"
     with pytest.raises(UnreadableImageError, match=message):
         extract_images(damaged)
     store = LocalFeatureStore.open(damaged.store, verify=True)
