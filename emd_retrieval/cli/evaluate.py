@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from emd_retrieval.cli.options import add_extractor_options
+from emd_retrieval.cli.options import add_feature_options, add_work_options
 
 EXAMPLES = """examples:
   a dataset, its classes 101 to 200, the paper's pyramid, every pair compared:
@@ -45,17 +45,8 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     images = parser.add_argument_group("images")
     images.add_argument("--classes", metavar="SPEC", help="for instance 26-50 or 1,3,7-9 (all)")
     images.add_argument("--gallery", type=Path, metavar="DIR", help="search here, not in --data")
-    images.add_argument(
-        "--model", type=Path, metavar="RUN", help="a trained run (emd-retrieval train), no backbone"
-    )
-    add_extractor_options(images)
-    images.add_argument("--include-map", action="store_true", help="fcn: append the map's cells")
-    images.add_argument("--context", type=float, default=2.0, metavar="X", help="grid: enlarge (2)")
-    images.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
-    images.add_argument("--device", default=None, help="torch device (cuda where there is one)")
-    images.add_argument("--bf16", action="store_true", help="run the backbone in bfloat16")
-    images.add_argument("--workers", type=int, metavar="N", help="decoding processes (by cores)")
-    images.add_argument("--skip-errors", action="store_true", help="leave unreadable images out")
+    add_feature_options(images)
+    add_work_options(images)
 
     stored = parser.add_argument_group("stored embeddings and rankings")
     stored.add_argument("--labels", type=Path, metavar="FILE", help=".npy, .csv or .parquet")
@@ -101,20 +92,13 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
     """
     from emd_retrieval import workflows
     from emd_retrieval._checks import check_choice
-    from emd_retrieval.cli.options import (
-        check_extractor_options,
-        set_threads,
-        sizes,
-        torch_device,
-    )
+    from emd_retrieval.cli.options import feature_settings, set_threads, work_settings
     from emd_retrieval.cli.printing import print_record
-    from emd_retrieval.features.extraction import default_workers
     from emd_retrieval.matching import EMDMatcher
     from emd_retrieval.transport import available_solvers
 
     set_threads(options.threads)
     _refuse_foreign(options, default)
-    check_extractor_options(options, default)
     check_choice("--solver", options.solver, available_solvers())
     output = options.output or Path("runs/evaluate")
     matcher = EMDMatcher(
@@ -130,28 +114,11 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
                 data=options.data,
                 classes=options.classes,
                 gallery=options.gallery,
-                model=options.model,
-                backbone=options.backbone,
-                weights=options.weights,
-                layer=options.layer,
-                extractor=options.extractor,
-                pyramid=sizes("--pyramid", options.pyramid),
-                include_map=options.include_map,
-                grid=sizes("--grid", options.grid),
-                context=options.context,
-                patches=options.patches,
-                patch_size=options.patch_size,
-                resize=options.resize,
-                crop=options.crop,
+                **feature_settings(options, default),
+                **work_settings(options),
                 shortlist=shortlist,
                 matcher=matcher,
-                batch_size=options.batch_size,
-                device=torch_device(options.device),
-                bf16=options.bf16,
-                num_workers=default_workers() if options.workers is None else options.workers,
-                skip_errors=options.skip_errors,
                 report=options.report,
-                seed=options.seed,
             ),
             output,
         )

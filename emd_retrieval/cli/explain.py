@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from emd_retrieval.cli.options import add_extractor_options
+from emd_retrieval.cli.options import add_feature_options
 
 EXAMPLES = """examples:
   which part of one bird matches which part of the other:
@@ -31,11 +31,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("query", type=Path, metavar="A", help="an image")
     parser.add_argument("reference", type=Path, metavar="B", help="the image to compare with")
     features = parser.add_argument_group("features")
-    features.add_argument(
-        "--model", type=Path, metavar="RUN", help="a trained run (emd-retrieval train), no backbone"
-    )
-    add_extractor_options(features)
-    features.add_argument("--device", default=None, help="torch device (cuda where there is one)")
+    add_feature_options(features)
     out = parser.add_argument_group("output")
     out.add_argument("--format", default="png", metavar="F", help="png, svg or png,svg (png)")
     out.add_argument("--output", type=Path, default=Path("runs/explain"), metavar="DIR",
@@ -52,32 +48,14 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
         default: Gives an option's value where the user chose nothing.
     """
     from emd_retrieval import workflows
-    from emd_retrieval.cli.options import (
-        check_extractor_options,
-        set_threads,
-        sizes,
-        torch_device,
-    )
+    from emd_retrieval.cli.options import feature_settings, set_threads
 
     set_threads(options.threads)
-    check_extractor_options(options, default)
     match, files = workflows.explain_images(
         workflows.ExplainImages(
             query=options.query,
             reference=options.reference,
-            model=options.model,
-            extractor=options.extractor,
-            backbone=options.backbone,
-            weights=options.weights,
-            layer=options.layer,
-            pyramid=sizes("--pyramid", options.pyramid),
-            grid=sizes("--grid", options.grid),
-            patches=options.patches,
-            patch_size=options.patch_size,
-            resize=options.resize,
-            crop=options.crop,
-            device=torch_device(options.device),
-            seed=options.seed,
+            **feature_settings(options, default),
         ),
         options.output,
         formats=[part.strip() for part in options.format.split(",")],

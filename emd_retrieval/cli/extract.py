@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from emd_retrieval.cli.options import add_extractor_options
+from emd_retrieval.cli.options import add_feature_options, add_work_options
 
 EXAMPLES = """examples:
   all images below a folder, 14 nodes an image, half precision:
@@ -38,11 +38,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="the store")
 
     features = parser.add_argument_group("features")
-    features.add_argument(
-        "--model", type=Path, metavar="RUN", help="a trained run (emd-retrieval train), no backbone"
-    )
-    add_extractor_options(features)
-    features.add_argument("--include-map", action="store_true", help="fcn: append the map's cells")
+    add_feature_options(features)
 
     stored = parser.add_argument_group("store")
     stored.add_argument(
@@ -55,15 +51,8 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     stored.add_argument(
         "--shard", metavar="I/N", help="this process's share, 0/N to N-1/N (torchrun: by itself)"
     )
-    stored.add_argument(
-        "--skip-errors", action="store_true", help="leave unreadable images out, and list them"
-    )
 
-    work = parser.add_argument_group("work")
-    work.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
-    work.add_argument("--device", default=None, help="torch device (cuda where there is one)")
-    work.add_argument("--bf16", action="store_true", help="run the backbone in bfloat16")
-    work.add_argument("--workers", type=int, metavar="N", help="decoding processes (by cores)")
+    add_work_options(parser.add_argument_group("work"))
     parser.set_defaults(run=partial(run, default=parser.get_default))
     return parser
 
@@ -76,43 +65,20 @@ def run(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
         default: Gives an option's value where the user chose nothing.
     """
     from emd_retrieval import workflows
-    from emd_retrieval.cli.options import (
-        check_extractor_options,
-        set_threads,
-        sizes,
-        torch_device,
-    )
-    from emd_retrieval.features.extraction import default_workers
+    from emd_retrieval.cli.options import feature_settings, set_threads, work_settings
 
     set_threads(options.threads)
-    check_extractor_options(options, default)
     part, parts = _shard(options.shard)
     done = workflows.extract_images(
         workflows.ExtractImages(
             images=options.images,
             store=options.store,
-            model=options.model,
-            extractor=options.extractor,
-            backbone=options.backbone,
-            weights=options.weights,
-            layer=options.layer,
-            pyramid=sizes("--pyramid", options.pyramid),
-            include_map=options.include_map,
-            grid=sizes("--grid", options.grid),
-            patches=options.patches,
-            patch_size=options.patch_size,
-            resize=options.resize,
-            crop=options.crop,
+            **feature_settings(options, default, device=_local_device(options.device)),
+            **work_settings(options),
             codec=options.codec,
             global_vectors=options.global_vectors,
-            batch_size=options.batch_size,
-            device=torch_device(_local_device(options.device)),
-            bf16=options.bf16,
-            num_workers=default_workers() if options.workers is None else options.workers,
-            skip_errors=options.skip_errors,
             part=part,
             parts=parts,
-            seed=options.seed,
         )
     )
     whose = "" if parts == 1 else f" of shard {part}/{parts}"

@@ -21,32 +21,73 @@ _OF_A_MODEL = (
 )  # fmt: skip
 
 
-def add_extractor_options(group: Any) -> None:
-    """What turns images into nodes: backbone, extractor, sizes."""
-    group.add_argument("--backbone", default="resnet50", metavar="NAME", help="timm (resnet50)")
-    group.add_argument(
-        "--weights", type=Path, metavar="FILE", help="local file; timm's hub without"
+def add_feature_options(group: Any) -> None:
+    """What turns images into nodes: a trained run, or backbone, extractor and sizes."""
+    add = group.add_argument
+    add(
+        "--model", type=Path, metavar="RUN", help="a trained run (emd-retrieval train), no backbone"
     )
-    group.add_argument("--layer", type=int, metavar="I", help="intermediate feature map (last)")
-    group.add_argument(
-        "--extractor", default="fcn", choices=["fcn", "grid", "sampling"], help="nodes (fcn)"
-    )
-    group.add_argument("--pyramid", default="3,2,1", metavar="SIZES", help="fcn: levels (3,2,1)")
-    group.add_argument("--grid", default="3,2", metavar="SIZES", help="grid: levels (3,2)")
-    group.add_argument("--patches", type=int, default=25, metavar="P", help="sampling: (25)")
-    group.add_argument(
-        "--patch-size", type=int, metavar="PX", help="grid, sampling: side (the backbone's own)"
-    )
-    group.add_argument("--resize", type=int, default=256, metavar="PX", help="short side (256)")
-    group.add_argument("--crop", type=int, default=224, metavar="PX", help="centre crop (224)")
+    add("--backbone", default="resnet50", metavar="NAME", help="timm (resnet50)")
+    add("--weights", type=Path, metavar="FILE", help="local file; timm's hub without")
+    add("--layer", type=int, metavar="I", help="intermediate feature map (last)")
+    add("--extractor", default="fcn", choices=["fcn", "grid", "sampling"], help="nodes (fcn)")
+    add("--pyramid", default="3,2,1", metavar="SIZES", help="fcn: levels (3,2,1)")
+    add("--include-map", action="store_true", help="fcn: append the map's cells")
+    add("--grid", default="3,2", metavar="SIZES", help="grid: levels (3,2)")
+    add("--context", type=float, default=2.0, metavar="X", help="grid: enlarge cells (2)")
+    add("--patches", type=int, default=25, metavar="P", help="sampling: (25)")
+    add("--patch-size", type=int, metavar="PX", help="grid, sampling: side (the backbone's own)")
+    add("--resize", type=int, default=256, metavar="PX", help="short side (256)")
+    add("--crop", type=int, default=224, metavar="PX", help="centre crop (224)")
+    add("--device", default=None, help="torch device (cuda where there is one)")
 
 
-def check_extractor_options(options: argparse.Namespace, default: Callable[[str], Any]) -> None:
-    """Refuse what the chosen extractor, or the trained run, does not read."""
+def feature_settings(
+    options: argparse.Namespace, default: Callable[[str], Any], *, device: str | None = None
+) -> dict[str, Any]:
+    """What :func:`add_feature_options` read, for :class:`emd_retrieval.workflows.FeatureSettings`.
+
+    Args:
+        options: What the user chose.
+        default: Gives an option's value where the user chose nothing.
+        device: In the place of the user's.
+
+    Raises:
+        ValueError: If the chosen extractor, or the trained run, does not read an option.
+    """
     if options.model is None:
         _refuse_other_extractors(options, default)
     else:
         _refuse_beside_a_model(options, default)
+    as_typed = ("model", "backbone", "weights", "layer", "extractor", "include_map", "context",
+                "patches", "patch_size", "resize", "crop", "seed")  # fmt: skip
+    return {
+        **{name: getattr(options, name) for name in as_typed},
+        "pyramid": sizes("--pyramid", options.pyramid),
+        "grid": sizes("--grid", options.grid),
+        "device": torch_device(device or options.device),
+    }
+
+
+def add_work_options(group: Any) -> None:
+    """How the images of a folder are worked through."""
+    add = group.add_argument
+    add("--batch-size", type=int, default=32, metavar="N", help="(32)")
+    add("--bf16", action="store_true", help="run the backbone in bfloat16")
+    add("--workers", type=int, metavar="N", help="decoding processes (by cores)")
+    add("--skip-errors", action="store_true", help="leave unreadable images out, and list them")
+
+
+def work_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`add_work_options` read, in the names of the workflows' settings."""
+    from emd_retrieval.features.extraction import default_workers
+
+    return {
+        "batch_size": options.batch_size,
+        "bf16": options.bf16,
+        "num_workers": default_workers() if options.workers is None else options.workers,
+        "skip_errors": options.skip_errors,
+    }
 
 
 def torch_device(name: str | None) -> str:

@@ -26,6 +26,7 @@ from emd_retrieval.workflows.fewshot_tables import (
     fewshot_figure,
     fewshot_table,
 )
+from emd_retrieval.workflows.models import FeatureSettings
 from emd_retrieval.workflows.report import collect_explorer, write_report
 from emd_retrieval.workflows.rerank import RerankQueries, rerank_queries
 from emd_retrieval.workflows.search import SearchImage, search_image
@@ -41,6 +42,7 @@ __all__ = [
     "ExplainImages",
     "ExtractImages",
     "ExtractedStore",
+    "FeatureSettings",
     "FewshotStage",
     "FewshotTable",
     "FewshotTrial",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,7 @@ from emd_retrieval.datasets import (
     check_readable,
     load_images,
 )
-from emd_retrieval.features import (
-    FeatureSet,
-    build_extractor,
-    extract_features,
-    load_backbone,
-)
+from emd_retrieval.features import FeatureSet, extract_features
 from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.records import ResultRecord
 from emd_retrieval.reports import save_figure, shortlist_figure
@@ -41,73 +35,42 @@ from emd_retrieval.retrieval.evaluation import check_shortlist
 from emd_retrieval.retrieval.metrics import relevant_counts
 from emd_retrieval.workflows.gallery import ImageSide, save_pictures
 from emd_retrieval.workflows.inputs import read_labels, read_matrix, read_ranking
-from emd_retrieval.workflows.models import ImageModel, load_run
+from emd_retrieval.workflows.models import FeatureSettings, ImageModel
 from emd_retrieval.workflows.report import EXPLORER_FILE, collect_explorer, write_report
 
 _TITLES = {"fcn": "FCN", "grid": "Grid", "sampling": "Sampling"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateImages:
+class EvaluateImages(FeatureSettings):
     """Settings of :func:`evaluate_images`; the defaults are the protocol of Table 8.
+
+    Those of features are as in :class:`FeatureSettings`; the seed is the bootstrap's as well.
 
     Attributes:
         data: Folder in CUB's layout, or of class sub-folders.
         classes: Class numbers, ranges or names; all by default.
         gallery: A second folder to search in; by default the queries are searched among themselves.
-        model: Folder of a trained run: its extractor, views and matching stand in the place of all
-            settings of backbone, extractor, views and matcher. Of a frozen trunk the ``weights``
-            are still needed.
-        backbone: A timm model.
-        weights: Local weights file; timm's hub by default.
-        layer: Index of an intermediate feature map of the backbone; the last one by default.
-        extractor: Local features: ``"fcn"``, ``"grid"`` or ``"sampling"``.
-        pyramid: FCN: levels of the feature pyramid.
-        include_map: FCN: append the cells of the map itself.
-        grid: Grid: levels of the image pyramid.
-        context: Grid: how far a cell is enlarged.
-        patches: Sampling: patches an image.
-        patch_size: Grid and Sampling: side of a patch, in pixels; by default what the backbone was
-            trained on.
-        resize: Short side of the images, in pixels.
-        crop: Side of the centre crop, in pixels.
         shortlist: Candidates of the first stage; ``None`` compares all pairs.
-        matcher: The EMD similarity.
+        matcher: The EMD similarity; a trained run has its own.
         batch_size: Images a forward pass.
-        device: Torch device of the backbone.
         bf16: Run the backbone in bfloat16.
         num_workers: Processes that decode images.
         skip_errors: Leave unreadable images out, and say how many.
         report: Queries to keep for the explorer of ``report.html``, which is written as well;
             ``None`` keeps none and writes no page.
-        seed: Seed of the bootstrap and of random patches.
     """
 
     data: Path
     classes: str | None = None
     gallery: Path | None = None
-    model: Path | None = None
-    backbone: str = "resnet50"
-    weights: Path | None = None
-    layer: int | None = None
-    extractor: str = "fcn"
-    pyramid: Sequence[int] = (3, 2, 1)
-    include_map: bool = False
-    grid: Sequence[int] = (3, 2)
-    context: float = 2.0
-    patches: int = 25
-    patch_size: int | None = None
-    resize: int = 256
-    crop: int = 224
     shortlist: int | None = 100
     matcher: EMDMatcher = field(default_factory=EMDMatcher)
     batch_size: int = 32
-    device: str = "cpu"
     bf16: bool = False
     num_workers: int = 0
     skip_errors: bool = False
     report: int | None = None
-    seed: int = 0
 
 
 def evaluate_images(
@@ -141,7 +104,7 @@ def evaluate_images(
     if gallery is not None:
         query, gallery = _on_common_labels(query, gallery)
     _check_labels(query, gallery, settings.shortlist)
-    model = _model(settings)
+    model = settings.load(settings.matcher)
     extractor, matcher = model.extractor, model.matcher
     query_features = _extract(query, model, settings, "extracting")
     gallery_features = _extract(gallery, model, settings, "extracting gallery") if gallery else None
@@ -429,27 +392,6 @@ def _check_labels(
         )
     if shortlist is not None:
         check_shortlist(shortlist, deepest)
-
-
-def _model(settings: EvaluateImages) -> ImageModel:
-    """A trained run, or a backbone under the extractor that the settings describe."""
-    if settings.model is not None:
-        return load_run(settings.model, weights=settings.weights)
-    backbone = load_backbone(settings.backbone, weights=settings.weights, layer=settings.layer)
-    extractor = build_extractor(
-        settings.extractor,
-        backbone,
-        pyramid=settings.pyramid,
-        include_map=settings.include_map,
-        grid=settings.grid,
-        context=settings.context,
-        patches=settings.patches,
-        patch_size=settings.patch_size,
-    )
-    weights = settings.weights.name if settings.weights else "timm's hub"
-    return ImageModel(
-        extractor, settings.matcher, settings.resize, settings.crop, {"weights": weights}
-    )
 
 
 def _extract(

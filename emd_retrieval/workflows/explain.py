@@ -11,56 +11,29 @@ import torch
 from emd_retrieval._checks import check_choice
 from emd_retrieval._files import check_folder
 from emd_retrieval.datasets import decode_rgb
-from emd_retrieval.features import build_extractor, load_backbone
 from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.matching.clusters import METHODS
 from emd_retrieval.reports import MatchPicture, match_figure, save_figure
 from emd_retrieval.reports.flows import flows_figure
 from emd_retrieval.reports.rebuilt import rebuilt_figure
-from emd_retrieval.workflows.models import ImageModel, load_run
+from emd_retrieval.workflows.models import FeatureSettings
 
 FORMATS = ("png", "svg")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainImages:
-    """Settings of :func:`explain_images`.
+class ExplainImages(FeatureSettings):
+    """Settings of :func:`explain_images`; those of features as in :class:`FeatureSettings`.
 
     Attributes:
         query: An image file.
         reference: The image file it is compared with.
-        model: A trained run, in place of extractor, backbone, sizes and matcher.
-        extractor: ``"fcn"``, ``"grid"`` or ``"sampling"``.
-        backbone: A timm model.
-        weights: Local weights file; timm's hub by default.
-        layer: Index of an intermediate feature map of the backbone; the last one by default.
-        pyramid: FCN: levels of the feature pyramid.
-        grid: Grid: levels of the image pyramid.
-        patches: Sampling: patches an image.
-        patch_size: Grid and Sampling: side of a patch, in pixels.
-        resize: Short side of the images, in pixels.
-        crop: Side of the centre crop, in pixels.
-        matcher: The EMD similarity.
-        device: Torch device of the backbone.
-        seed: Seed of random patches.
+        matcher: The EMD similarity; a trained run has its own.
     """
 
     query: Path
     reference: Path
-    model: Path | None = None
-    extractor: str = "fcn"
-    backbone: str = "resnet50"
-    weights: Path | None = None
-    layer: int | None = None
-    pyramid: Sequence[int] = (3, 2, 1)
-    grid: Sequence[int] = (3, 2)
-    patches: int = 25
-    patch_size: int | None = None
-    resize: int = 256
-    crop: int = 224
     matcher: EMDMatcher = field(default_factory=EMDMatcher)
-    device: str = "cpu"
-    seed: int = 0
 
 
 def explain_images(
@@ -93,8 +66,8 @@ def explain_images(
             raise FileNotFoundError(f"{option}: no file {str(path)!r}")
     if output is not None:
         check_folder(output)
-    model = _model(settings)
-    extractor = model.extractor.eval().to(settings.device)
+    model = settings.load(settings.matcher)
+    extractor = model.extractor.to(settings.device)
     transform = extractor.evaluation_transform(
         resize=model.resize, crop=model.crop, seed=settings.seed
     )
@@ -137,17 +110,3 @@ def explain_images(
         for name, figure in figures.items()
         for ending in formats
     ]
-
-
-def _model(settings: ExplainImages) -> ImageModel:
-    if settings.model is not None:
-        return load_run(settings.model, weights=settings.weights)
-    extractor = build_extractor(
-        settings.extractor,
-        load_backbone(settings.backbone, weights=settings.weights, layer=settings.layer),
-        pyramid=settings.pyramid,
-        grid=settings.grid,
-        patches=settings.patches,
-        patch_size=settings.patch_size,
-    )
-    return ImageModel(extractor, settings.matcher, settings.resize, settings.crop, {})

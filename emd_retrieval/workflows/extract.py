@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader
 
 from emd_retrieval._files import check_folder
 from emd_retrieval.datasets import UnreadableImageError
-from emd_retrieval.features import Extractor, build_extractor, load_backbone
+from emd_retrieval.features import Extractor
 from emd_retrieval.progress import progress_counter
 from emd_retrieval.retrieval import LocalFeatureStore, StoreWriter
 from emd_retrieval.retrieval.store import create_part, join_parts, parts_started
 from emd_retrieval.training.model import WEIGHTS_FILE
 from emd_retrieval.workflows.images import ImageList, ImageViews, collate_views, read_image_list
-from emd_retrieval.workflows.models import load_run
+from emd_retrieval.workflows.models import FeatureSettings
 
 SKIPPED = "skipped.csv"
 _PARTIAL = f"{SKIPPED}.partial"
@@ -36,62 +36,34 @@ _COMMIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractImages:
-    """Settings of :func:`extract_images`.
+class ExtractImages(FeatureSettings):
+    """Settings of :func:`extract_images`; those of features as in :class:`FeatureSettings`.
 
     Attributes:
         images: A folder, searched at any depth; a text file with a path a line; or a table
             (.parquet, .csv) with a column ``path`` and optionally ``id``. Paths in files are
             relative to the file's folder.
         store: The store's folder.
-        model: A trained run, in place of extractor, backbone and sizes.
-        extractor: ``"fcn"``, ``"grid"`` or ``"sampling"``.
-        backbone: A timm model.
-        weights: Local weights file; timm's hub by default.
-        layer: Index of an intermediate feature map of the backbone; the last one by default.
-        pyramid: FCN: levels of the feature pyramid.
-        include_map: FCN: append the cells of the map itself.
-        grid: Grid: levels of the image pyramid.
-        patches: Sampling: patches an image.
-        patch_size: Grid and Sampling: side of a patch, in pixels.
-        resize: Short side of the images, in pixels.
-        crop: Side of the centre crop, in pixels.
         codec: How nodes are stored: ``"float32"``, ``"float16"`` or ``"int8"``.
         global_vectors: Store the pooled vectors as well.
         batch_size: Images a forward pass.
-        device: Torch device of the backbone.
         bf16: Run the backbone in bfloat16.
         num_workers: Processes that decode images.
         skip_errors: Leave unreadable images out and list them in the store's ``skipped.csv``.
         part: Which part of the images is this process's, from 0.
         parts: How many processes share the images.
-        seed: Seed of random patches.
     """
 
     images: Path
     store: Path
-    model: Path | None = None
-    extractor: str = "fcn"
-    backbone: str = "resnet50"
-    weights: Path | None = None
-    layer: int | None = None
-    pyramid: Sequence[int] = (3, 2, 1)
-    include_map: bool = False
-    grid: Sequence[int] = (3, 2)
-    patches: int = 25
-    patch_size: int | None = None
-    resize: int = 256
-    crop: int = 224
     codec: str = "float16"
     global_vectors: bool = True
     batch_size: int = 32
-    device: str = "cpu"
     bf16: bool = False
     num_workers: int = 0
     skip_errors: bool = False
     part: int = 0
     parts: int = 1
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,35 +172,23 @@ def load_extraction(settings: ExtractImages) -> Extraction:
     source: dict[str, Any] = {"weights": "timm's hub"}
     if settings.weights is not None:
         source = {"weights": settings.weights.name, "weights_sha256": _sha256(settings.weights)}
-    resize, crop = settings.resize, settings.crop
+    model = settings.load()
+    extractor = model.extractor
     if settings.model is not None:
-        model = load_run(settings.model, weights=settings.weights)
-        extractor, resize, crop = model.extractor, model.resize, model.crop
         source |= {
             "model": settings.model.resolve().name,
             "model_sha256": _sha256(settings.model / WEIGHTS_FILE),
             "matching": model.matcher.describe(),
         }
-    else:
-        backbone = load_backbone(settings.backbone, weights=settings.weights, layer=settings.layer)
-        extractor = build_extractor(
-            settings.extractor,
-            backbone,
-            pyramid=settings.pyramid,
-            include_map=settings.include_map,
-            grid=settings.grid,
-            patches=settings.patches,
-            patch_size=settings.patch_size,
-        )
     return Extraction(
-        extractor.eval(),
-        extractor.evaluation_transform(resize=resize, crop=crop, seed=settings.seed),
-        crop,
+        extractor,
+        extractor.evaluation_transform(resize=model.resize, crop=model.crop, seed=settings.seed),
+        model.crop,
         {
             **extractor.describe(),
             **source,
-            "resize": resize,
-            "crop": crop,
+            "resize": model.resize,
+            "crop": model.crop,
             "bf16": settings.bf16,
             "seed": settings.seed,
         },

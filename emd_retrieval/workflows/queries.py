@@ -352,8 +352,8 @@ def extraction_of(settings: SearchSettings, store: LocalFeatureStore) -> Extract
             f"{', '.join(missing)} in its manifest), so images cannot be extracted alike; pass "
             "arrays (.npy) of the same extractor"
         )
-    known = ("extractor", "backbone", "layer", "pyramid", "include_map", "grid", "patches",
-             "patch_size", "resize", "crop", "bf16", "seed")  # fmt: skip
+    known = ("extractor", "backbone", "layer", "pyramid", "include_map", "grid", "context",
+             "patches", "patch_size", "resize", "crop", "bf16", "seed")  # fmt: skip
     return ExtractImages(
         images=settings.queries,
         store=settings.store,

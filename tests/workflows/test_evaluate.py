@@ -194,7 +194,7 @@ def test_bad_settings_are_found_before_the_work(
 
 
 def test_folders_that_cannot_be_evaluated(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("emd_retrieval.workflows.evaluate.load_backbone", refuse_to_work)
+    monkeypatch.setattr("emd_retrieval.workflows.models.load_backbone", refuse_to_work)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         evaluate_images(image_settings(tmp_path / "nowhere", weights))
     empty = tmp_path / "empty"
