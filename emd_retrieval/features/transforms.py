@@ -29,9 +29,15 @@ Training = Callable[[Any, torch.Generator], Tensor]
 # As many tries as torchvision's RandomResizedCrop makes before it takes the centre.
 _TRIES = 10
 
+# Of an image that is longer than this many times its short side, the middle is looked at: resized
+# whole, 30,000 x 1 pixels would take 6 GB.
+_LONGEST = 16
+
 
 def evaluation_transform(backbone: Backbone, *, resize: int = 256, crop: int = 224) -> Evaluation:
     """Resize the short side (bicubic), crop the centre, normalise as the backbone was trained.
+
+    Of an image longer than 16 times its short side only the middle is resized.
 
     Args:
         backbone: Gives mean and standard deviation.
@@ -219,6 +225,10 @@ class _Training:
 
 
 def _resize(pixels: Tensor, short_side: int) -> Tensor:
+    height, width = pixels.shape[-2:]
+    longest = _LONGEST * min(height, width)
+    if max(height, width) > longest:
+        pixels = image_functions.center_crop(pixels, [min(height, longest), min(width, longest)])
     resized: Tensor = image_functions.resize(
         pixels, [short_side], interpolation=InterpolationMode.BICUBIC, antialias=True
     )

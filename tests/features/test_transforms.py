@@ -121,3 +121,19 @@ def test_the_extractor_hands_its_transforms_out(backbone, picture):
     ):  # fmt: skip
         with pytest.raises(ValueError, match="crop: expected a side in pixels, got None"):
             make(crop=None)
+
+
+@pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000), (5, 4000), (1, 1)])
+def test_of_very_long_images_the_middle_is_seen(backbone, size):
+    """Resized whole, the first would take 6 GB."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    sides = [min(side, 16 * min(size)) for side in size]
+    left, top = ((side - kept) // 2 for side, kept in zip(size, sides, strict=True))
+    middle = picture.crop((left, top, left + sides[0], top + sides[1]))
+    seen = [evaluation_view(resize=256, crop=224)(image) for image in (picture, middle)]
+    np.testing.assert_array_equal(*seen)
+    train = training_transform(backbone, resize=256, crop=224)
+    drawn = [train(image, torch.Generator().manual_seed(0)) for image in (picture, middle)]
+    torch.testing.assert_close(*drawn)
+    assert drawn[0].shape == (3, 224, 224)
