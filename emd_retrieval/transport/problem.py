@@ -19,6 +19,15 @@ from emd_retrieval.transport.plan import TransportPlan
 BALANCE_TOLERANCE = 1e-4
 """Largest relative difference of supply's and demand's totals that counts as rounding."""
 
+MOST_COST = {torch.float32: 2.0**125, torch.float64: 2.0**1021}
+"""The largest size of a cost: potentials are sums of a few, and their dtype must hold those too."""
+
+MOST_VALUE = {
+    torch.float32: float.fromhex("0x1.ffp127"),
+    torch.float64: float.fromhex("0x1.ffp1023"),
+}
+"""The largest cost x mass: a value that the dtype holds, with room for its rounding."""
+
 
 class InvalidProblemError(ValueError):
     """Values that make one problem of a batch invalid.
@@ -98,16 +107,18 @@ def check_values(
         The totals of supply and demand in float64. Shapes: ``[B]``, ``[B]``.
 
     Raises:
-        InvalidProblemError: If a cost or the range of a problem's costs is not finite, a weight is
-            negative or not finite, a total is zero, or the totals differ by more than
-            :data:`BALANCE_TOLERANCE` (without ``partial``).
+        InvalidProblemError: If a cost is not finite or above :data:`MOST_COST` in size, cost x mass
+            is above :data:`MOST_VALUE`, a weight is negative or not finite, a total is zero, or the
+            totals differ by more than :data:`BALANCE_TOLERANCE` (without ``partial``).
     """
     supply_total = supply.sum(-1, dtype=torch.float64)
     demand_total = demand.sum(-1, dtype=torch.float64)
     # NaN fails every comparison, hence the positive wording of each condition.
-    entries = cost.flatten(1)
+    lowest, highest = cost.flatten(1).aminmax(dim=-1)
+    largest_cost = torch.maximum(-lowest, highest).double()
     sound = (
-        torch.isfinite(entries.amax(-1) - entries.amin(-1))  # infinite or NaN from any such cost on
+        (largest_cost <= MOST_COST[cost.dtype])
+        & (largest_cost * supply_total <= MOST_VALUE[cost.dtype])
         & (supply.amin(-1) >= 0)
         & (demand.amin(-1) >= 0)
         & (supply_total > 0)
@@ -145,13 +156,13 @@ def _describe_fault(cost: Tensor, supply: Tensor, demand: Tensor) -> str:
             f"cost: expected finite values, got {float(cost[row, column])} at [{row}, {column}] "
             f"of [N, M] = {list(cost.shape)}"
         )
-    low, high = cost.aminmax()
-    if not bool(torch.isfinite(high - low)):
+    largest = float(cost.abs().max())
+    if largest > MOST_COST[cost.dtype]:
         return (
-            f"cost: expected a range (largest less smallest cost) that {cost.dtype} holds, got "
-            f"costs from {float(low):g} to {float(high):g}"
+            f"cost: expected costs of at most {MOST_COST[cost.dtype]:.3g} in size, so that "
+            f"{cost.dtype} holds sums of them, got {largest:.3g}"
         )
-    totals = []
+    totals: list[float] = []
     for name, weights in (("supply", supply), ("demand", demand)):
         bad = ~(torch.isfinite(weights) & (weights >= 0))
         if bool(bad.any()):
@@ -163,6 +174,11 @@ def _describe_fault(cost: Tensor, supply: Tensor, demand: Tensor) -> str:
         totals.append(float(weights.sum(dtype=torch.float64)))
         if totals[-1] == 0:
             return f"{name}: expected a positive total, got zero from {len(weights)} weights"
+    if not largest * totals[0] <= MOST_VALUE[cost.dtype]:
+        return (
+            f"cost, supply: expected costs whose product with the mass {cost.dtype} holds, got "
+            f"costs as large as {largest:g} and a mass of {totals[0]:g} (scale one of them down)"
+        )
     return (
         f"supply, demand: expected totals equal to {BALANCE_TOLERANCE:g} relatively, got "
         f"{totals[0]:.7g} and {totals[1]:.7g} (scale both to one total, or pass partial=True)"

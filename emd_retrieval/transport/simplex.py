@@ -58,9 +58,9 @@ def solve_simplex(
         instruction_set: One of :func:`instruction_sets`; every one gives the same bits.
 
     Raises:
-        InvalidProblemError: If a cost or the range of a problem's costs is not finite, a weight is
-            negative or not finite, a total is zero or the totals differ by more than a relative
-            1e-4.
+        InvalidProblemError: If a cost is not finite or its size above an eighth of the dtype's
+            range, cost x mass is more than the dtype holds, a weight is negative or not finite, a
+            total is zero or the totals differ by more than a relative 1e-4.
         ValueError: If the instruction set is not there.
         RuntimeError: If a problem takes more than ``most_pivots`` pivots.
     """

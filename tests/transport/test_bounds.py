@@ -88,6 +88,20 @@ def test_sizes_above_the_native_one(make_problem):
     torch.testing.assert_close(lower_bound(*problem), _lower_bound(*problem))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_solving_refuses_is_refused(bound, dtype):
+    large = torch.finfo(dtype).max / 16
+    cost = torch.tensor([[[-large, large], [large, -large]]], dtype=dtype)
+    supply, demand = torch.tensor([[[0.25, 0.75]], [[0.5, 0.5]]], dtype=dtype)
+    assert bound(cost, supply, demand).item() == pytest.approx(-large, rel=1e-6)
+    with pytest.raises(ValueError, match="cost: expected costs of at most"):
+        bound(4 * cost, supply, demand)
+    with pytest.raises(
+        ValueError, match="cost, supply: expected costs whose product with the mass"
+    ):
+        bound(cost, 20 * supply, 20 * demand)
+
+
 def test_empty_batch():
     found = lower_bound(torch.empty(2, 0, 3, 4), torch.empty(2, 0, 3), torch.empty(2, 0, 4))
     assert found.shape == (2, 0)

@@ -188,14 +188,14 @@ def test_double_precision(
 
 
 @pytest.mark.parametrize(
-    ("scale", "offset"), [(8.9e307, 0.0), (1e-300, 0.0), (1e-318, 0.0), (1.0, 1e9)]
+    ("scale", "offset"), [(2.2e307, 0.0), (1e-300, 0.0), (1e-318, 0.0), (1.0, 1e9)]
 )
 def test_extreme_costs(
     emulator: Emulator, make_problem: Callable[..., Problem], scale: float, offset: float
 ) -> None:
     cost, supply, demand = make_problem(14, 14, dtype=torch.float64)
     low, high = cost.amin((1, 2), True), cost.amax((1, 2), True)
-    cost = (cost - low) / (high - low) * 2 - 1  # a range near the largest double
+    cost = (cost - low) / (high - low) * 2 - 1  # costs as large as may be
     plain = emulator.solve((cost, supply, demand))
     plan = emulator.solve((cost * scale + offset, supply, demand))
     assert plan.flow is not None
@@ -297,6 +297,12 @@ def spoilt(problem: Problem, kind: str, *problems: int) -> Problem:
                 cost[k, 1, 2] = torch.nan
             case "cost infinite":
                 cost[k, -1, -1] = -torch.inf
+            case "cost too large":
+                cost[k, 0, 1] = -torch.finfo(cost.dtype).max / 4
+            case "value too large":
+                cost[k] = torch.finfo(cost.dtype).max / 16
+                supply[k] *= 18
+                demand[k] *= 18
             case "supply negative":
                 supply[k, 3] = -1e-3
             case "supply infinite":
@@ -315,6 +321,8 @@ def spoilt(problem: Problem, kind: str, *problems: int) -> Problem:
 FAULTS = [
     ("cost NaN", "cost: expected finite"),
     ("cost infinite", "cost: expected finite"),
+    ("cost too large", "cost: expected"),
+    ("value too large", "cost, supply: expected costs whose product with the mass"),
     ("supply negative", "supply: expected finite weights of zero or more"),
     ("supply infinite", "supply: expected finite weights of zero or more"),
     ("demand NaN", "demand: expected finite weights of zero or more"),

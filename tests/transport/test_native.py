@@ -216,12 +216,12 @@ def test_wide_cosine_costs_stay_within_the_bound() -> None:
     [
         (1e-44, 0.0, torch.float32),
         (1e-38, -3e-38, torch.float32),
-        (1e38, 0.0, torch.float32),
-        (1e38, -1e38, torch.float32),
+        (2e37, 0.0, torch.float32),
+        (3e37, -4e37, torch.float32),
         (1.0, 65536.0, torch.float32),
         (5e-324, 0.0, torch.float64),
         (1e-300, 0.0, torch.float64),
-        (1e308, -1e308, torch.float64),
+        (2e307, -2e307, torch.float64),
         (1.0, 1e12, torch.float64),
     ],
 )
@@ -229,7 +229,7 @@ def test_costs_of_extreme_scale(scale: float, offset: float, dtype: torch.dtype)
     for n, m in ((1, 1), (3, 4), (25, 25), (40, 50)):
         random = np.random.default_rng(n)
         cost = torch.from_numpy(random.integers(0, 8, (8, n, m)) / 4 * scale + offset).to(dtype)
-        equal = torch.ones(8, n, dtype=dtype), torch.full((8, m), n / m, dtype=dtype)
+        equal = torch.full((8, n), 1 / n, dtype=dtype), torch.full((8, m), 1 / m, dtype=dtype)
         plan = simplex.solve_simplex(cost, *equal)
         # The same problem in moderate numbers; a long double holds the sums of the largest.
         wide = cost.numpy().astype(np.longdouble)
@@ -238,8 +238,8 @@ def test_costs_of_extreme_scale(scale: float, offset: float, dtype: torch.dtype)
         best = solve_pot(moderate, *(side.double() for side in equal)).value
         assert plan.flow is not None
         found = (plan.flow.double() * moderate).sum((1, 2))
-        assert ((found - best).abs() <= 1e-6 * n).all()
-        assert torch.isfinite(plan.flow).all()
+        assert ((found - best).abs() <= 1e-6).all()
+        assert all(torch.isfinite(part).all() for part in parts(plan))
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e-3, 1e30, 1e300])
@@ -387,6 +387,31 @@ def test_faults_are_found_and_placed(
         simplex.native_lower_bound(*problems)
     with pytest.raises(InvalidProblemError, match=words + r".*problem \[1, 2\] of .* \[3, 3\]"):
         simplex.simplex_top_k(*(p.unflatten(0, (3, 3)) for p in problems), k=1)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_interrupt_stops_the_candidates_of_few_queries(threads: int) -> None:
+    """Nobody waits for the end of a query: one may have any number of candidates."""
+    candidates = 200_000
+    cost = torch.rand(2 * candidates, 9, 9, generator=torch.Generator().manual_seed(0)).numpy()
+    cost[candidates:] = 0.5  # solved at once, so that the calling thread may end first
+    equal, mass = np.ones((2 * candidates, 9), np.float32), np.full(2 * candidates, 9, np.float32)
+    distance, index = np.empty((2, candidates), np.float32), np.empty((2, candidates), np.int64)
+    solved = np.full(2, -1)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        with pytest.raises(KeyboardInterrupt):
+            _native.top_k(cost, equal, equal, mass, distance, index, solved, 10_000, threads, None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert (solved == -1).any(), "every query was finished all the same"
 
 
 def test_totals_that_differ_are_a_fault() -> None:

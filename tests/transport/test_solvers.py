@@ -284,9 +284,26 @@ def test_cuda_simplex_needs_no_native_module(monkeypatch):
 
 
 @pytest.mark.parametrize("partial", [False, True])
-def test_costs_whose_range_overflows_are_refused(solver, partial):
-    cost = torch.zeros(2, 2, 3, dtype=torch.float64)
-    cost[1, 0, 0], cost[1, 1, 2] = -1e308, 1e308
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2.0**125), (torch.float64, 2.0**1021)])
+def test_costs_without_room_for_potentials_are_refused(solver, partial, dtype, most):
+    cost = torch.zeros(2, 2, 3, dtype=dtype)
+    cost[1, 0, 0], cost[1, 1, 2] = -most, most
     supply, demand = cost.new_full((2, 2), 0.5), cost.new_full((2, 3), 1 / 3)
-    with pytest.raises(ValueError, match=r"range .*from -1e\+308 to 1e\+308; problem \[1\]"):
+    if solver in ("simplex", "pot"):
+        plan = solve(cost, supply, demand, solver=solver, partial=partial)
+        for part in (plan.value, plan.flow, plan.supply_potential, plan.demand_potential):
+            assert torch.isfinite(part).all()
+    cost[1, 0, 0] *= 1.01
+    words = r"cost: expected costs of at most (4.25e\+37|2.25e\+307) .*problem \[1\]"
+    with pytest.raises(ValueError, match=words):
         solve(cost, supply, demand, solver=solver, partial=partial)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_that_overflow_are_refused(solver, dtype):
+    most = torch.finfo(dtype).max
+    cost = torch.full((2, 2, 2), most / 16, dtype=dtype)
+    weights = torch.tensor([[5.0, 5.0], [9.0, 9.0]], dtype=dtype)
+    solve(cost[:1], weights[:1], weights[:1], solver="simplex")
+    with pytest.raises(ValueError, match=r"cost, supply: .* a mass of 18 .*; problem \[1\]"):
+        solve(cost, weights, weights, solver=solver)

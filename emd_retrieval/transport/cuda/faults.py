@@ -14,17 +14,18 @@ import torch
 from emd_retrieval.transport.cuda.kernel import PIVOT_LIMIT
 from emd_retrieval.transport.problem import BALANCE_TOLERANCE
 
-TOO_MANY_PIVOTS = 7
+TOO_MANY_PIVOTS = 8
 """The kernel's number for a problem that did not reach its optimum; below it, values are bad."""
 
 _WORDS = {
-    1: "cost: expected finite values and range, got others",
+    1: "cost: expected finite values that leave their dtype room for sums, got others",
     2: "supply: expected finite weights of zero or more, got others",
     3: "demand: expected finite weights of zero or more, got others",
     4: "supply: expected a positive total, got zero",
     5: "demand: expected a positive total, got zero",
     6: f"supply, demand: expected totals equal to {BALANCE_TOLERANCE:g} relatively, got others "
     "(scale both to one total, or pass partial=True)",
+    7: "cost, supply: expected costs whose product with the mass their dtype holds, got others",
     TOO_MANY_PIVOTS: f"simplex: expected the optimum within {PIVOT_LIMIT} pivots, got none",
 }
 

@@ -47,7 +47,8 @@ enum Fault {
   SUPPLY_IS_ZERO = 4,
   DEMAND_IS_ZERO = 5,
   TOTALS_DIFFER = 6,
-  TOO_MANY_PIVOTS = 7,
+  VALUE_OVERFLOWS = 7,
+  TOO_MANY_PIVOTS = 8,
 };
 
 template <int TILES>
@@ -156,6 +157,7 @@ struct WarpSimplex {
   Node<RowSet, ColumnSet> row[ROW_TILES], column[COLUMN_TILES];
   int cost[COLUMN_TILES][ROW_CAPACITY];  // keys of the start basis first, then the integer costs
   double low, total;                     // the least cost; total mass of the supply
+  double magnitude;                      // the largest cost without its sign
   int unit_exponent;                     // cost = low + integer * 2^unit_exponent
 
   __device__ __forceinline__ WarpSimplex(Shared& workspace, int row_count, int column_count)
@@ -185,7 +187,9 @@ struct WarpSimplex {
     const double half_low = 0.5 * low;
     const double high = warp_reduce(most, [](Real a, Real b) { return fmax(a, b); });
     const double half_range = 0.5 * high - half_low;
-    if (!isfinite(Real(high - low))) return COST_NOT_FINITE;  // potentials would not be either
+    magnitude = fmax(-low, high);
+    // Potentials are sums of a few costs, and Real must hold those too.
+    if (magnitude > (sizeof(Real) == sizeof(float) ? 0x1p125 : 0x1p1021)) return COST_NOT_FINITE;
 
     const int limit = min(INT_LIMIT / (min(rows, columns) + 1), NEVER / 2);
     int shift = 0;
@@ -236,6 +240,9 @@ struct WarpSimplex {
       return TOTALS_DIFFER;
     }
     total = supply_sum;
+    // Below what Real holds by as much as the rounding of sums may take.
+    const double most_value = sizeof(Real) == sizeof(float) ? 0x1.ffp127 : 0x1.ffp1023;
+    if (!(magnitude * total <= most_value)) return VALUE_OVERFLOWS;
 
     // No set of rows balances a set of columns without the largest demand: the perturbations of a
     // rows and b columns, a * (columns + 1) and b, differ by less than 2^14 and never by nothing.

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <exception>
 #include <limits>
 #include <memory>
@@ -50,14 +51,37 @@ double nanoseconds_for(int suppliers, int demanders) {
 }
 
 constexpr double kTurn = 100e3;       // nanoseconds of work between two looks at the shared counter
+constexpr int64_t kCandidatesALook = 256;
 constexpr double kThreadWorth = 50e3;  // nanoseconds of work that pay for starting a thread
 
-// Calls work(workspace, item, report) for every item, in turns that the threads take from one counter.
-// Work returns the outcome of the item; the first item with a fault is reported, as all before it have
-// been worked on.
+constexpr std::chrono::milliseconds kLook{50};  // between two looks at whether to go on
+
+// Whether a call was interrupted. Only the thread that made the call can find out.
+class Interruption {
+ public:
+  explicit Interruption(const Execution& execution) : execution_{execution} {}
+
+  bool came(bool is_caller) {
+    const auto now = is_caller ? Clock::now() : Clock::time_point{};
+    if (is_caller && now - looked_ > kLook) {
+      if (execution_.interrupted()) came_.store(true, std::memory_order_relaxed);
+      looked_ = now;
+    }
+    return came_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  const Execution& execution_;
+  Clock::time_point looked_ = Clock::now();  // the caller's alone
+  std::atomic<bool> came_{false};
+};
+
+// Calls work(workspace, item, report, gives_up) for every item, in turns that the threads take from one
+// counter. Work returns the outcome of the item; the first item with a fault is reported, as all before
+// it have been worked on. Work on a long item asks gives_up() now and then and returns if that is true.
 template <class Work>
 Report for_each(int64_t count, double nanoseconds_each, const Execution& execution, const Work& work) {
-  using Clock = std::chrono::steady_clock;
   const int64_t turn = std::max<int64_t>(1, int64_t(kTurn / nanoseconds_each));
   const double most_threads =
       std::min({double(execution.threads), count * nanoseconds_each / kThreadWorth, double(count)});
@@ -68,51 +92,62 @@ Report for_each(int64_t count, double nanoseconds_each, const Execution& executi
   std::exception_ptr failure;
   std::atomic<int64_t> next{0};
   std::atomic<bool> stop{false};
+  Interruption interruption(execution);
+  int running = 0;  // helpers
+  std::condition_variable helper_ended;
   const auto take_turns = [&](bool is_caller) {
+    const auto gives_up = [&] { return interruption.came(is_caller); };
     Report mine;
     std::exception_ptr mine_failure;
     try {
       const Workspace workspace(execution.kernel);
-      auto asked = Clock::now();
-      while (!stop.load(std::memory_order_relaxed) && mine.index < 0) {
+      while (!stop.load(std::memory_order_relaxed) && mine.index < 0 && !gives_up()) {
         const int64_t from = next.fetch_add(turn, std::memory_order_relaxed);
         if (from >= count) break;
         for (int64_t item = from; item < std::min(count, from + turn); item++) {
-          const Outcome outcome = work(workspace.get(), item, mine);
+          const Outcome outcome = work(workspace.get(), item, mine, gives_up);
           if (outcome == Outcome::solved) continue;
           mine.outcome = outcome;
           break;
-        }
-        if (is_caller && Clock::now() - asked > std::chrono::milliseconds(50)) {
-          mine.interrupted = execution.interrupted();
-          if (mine.interrupted) break;
-          asked = Clock::now();
         }
       }
     } catch (...) {
       mine_failure = std::current_exception();
     }
-    if (mine.index >= 0 || mine.interrupted || mine_failure) stop.store(true);
+    if (mine.index >= 0 || mine_failure) stop.store(true);
     const std::lock_guard<std::mutex> hold(report_lock);
     report.most_pivots = std::max(report.most_pivots, mine.most_pivots);
-    report.interrupted |= mine.interrupted;
     if (mine_failure) failure = mine_failure;
     if (mine.index >= 0 && (report.index < 0 || mine.index < report.index)) {
       report.outcome = mine.outcome;
       report.index = mine.index;
     }
+    if (!is_caller && --running == 0) helper_ended.notify_one();
   };
 
   std::vector<std::thread> threads;
   threads.reserve(helpers);
   try {
-    for (int t = 0; t < helpers; t++) threads.emplace_back(take_turns, false);
+    for (int t = 0; t < helpers; t++) {
+      const std::lock_guard<std::mutex> hold(report_lock);
+      threads.emplace_back(take_turns, false);
+      running++;
+    }
   } catch (const std::system_error&) {
     // The system has no more threads to give: those that started and this one do the work.
   }
   take_turns(true);
+  {
+    std::unique_lock<std::mutex> hold(report_lock);
+    while (!helper_ended.wait_for(hold, kLook, [&] { return running == 0; })) {
+      hold.unlock();  // the helpers' way out must not hang on what the caller's question takes
+      interruption.came(true);
+      hold.lock();
+    }
+  }
   for (std::thread& thread : threads) thread.join();
   if (failure) std::rethrow_exception(failure);
+  report.interrupted = interruption.came(false);
   return report;
 }
 
@@ -143,7 +178,7 @@ Report solve_batch(const Batch<Real>& batch, const PlanArrays<Real>& plans, int6
   const Limits limits{kInfinity, most_pivots};
   const int64_t m = batch.suppliers, n = batch.demanders;
   const auto at = [](Real* array, int64_t offset) { return array ? array + offset : nullptr; };
-  const auto solve = [&](void* workspace, int64_t k, Report& report) {
+  const auto solve = [&](void* workspace, int64_t k, Report& report, const auto&) {
     Plan<Real> plan{at(plans.flow, k * m * n), at(plans.supply_potential, k * m),
                     at(plans.demand_potential, k * n), 0, 0};
     const Outcome outcome = solver.solve(workspace, batch[k], limits, plan);
@@ -158,7 +193,7 @@ Report solve_batch(const Batch<Real>& batch, const PlanArrays<Real>& plans, int6
 template <class Real>
 Report bound_batch(const Batch<Real>& batch, Real* bound, const Execution& execution) {
   const Solver<Real> solver = solver_of(execution.kernel, batch);
-  const auto find_bound = [&](void* workspace, int64_t k, Report& report) {
+  const auto find_bound = [&](void* workspace, int64_t k, Report& report, const auto&) {
     double per_mass = 0, mass = 0;
     const Outcome outcome = solver.bound(workspace, batch[k], per_mass);
     if (outcome != Outcome::solved) report.index = k;
@@ -175,10 +210,11 @@ Report select_top_k(const Batch<Real>& batch, const TopK<Real>& top, int64_t mos
                     const Execution& execution) {
   const Solver<Real> solver = solver_of(execution.kernel, batch);
   constexpr double kDistanceError = sizeof(Real) == sizeof(float) ? 0x1p-21 : 0x1p-44;
-  const auto select = [&](void* workspace, int64_t query, Report& report) {
+  const auto select = [&](void* workspace, int64_t query, Report& report, const auto& gives_up) {
     const int64_t first = query * top.candidates;
     std::vector<std::pair<double, int64_t>> by_bound(top.candidates);
     for (int64_t c = 0; c < top.candidates; c++) {
+      if (c % kCandidatesALook == 0 && gives_up()) return Outcome::solved;
       by_bound[c].second = c;
       const Outcome outcome = solver.bound(workspace, batch[first + c], by_bound[c].first);
       if (outcome == Outcome::solved) continue;
@@ -193,8 +229,10 @@ Report select_top_k(const Batch<Real>& batch, const TopK<Real>& top, int64_t mos
     best.reserve(top.k + 1);
     double limit = kInfinity;
     int64_t solved = 0;
+    int64_t tried = 0;
     for (const auto& [bound, candidate] : by_bound) {
       if (bound > limit) break;
+      if (tried++ % kCandidatesALook == 0 && gives_up()) return Outcome::solved;
       Plan<Real> plan{};
       const Outcome outcome =
           solver.solve(workspace, batch[first + candidate], {limit, most_pivots}, plan);

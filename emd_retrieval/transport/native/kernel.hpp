@@ -11,13 +11,21 @@ namespace emd {
 
 constexpr int kMaxNodes = 64;  // a side: a set of nodes fits in one 64-bit word
 
+// The largest size of a cost: potentials are sums of a few of them, and Real must hold those too.
+template <class Real>
+constexpr double kMostCost = sizeof(Real) == sizeof(float) ? 0x1p125 : 0x1p1021;
+// The largest cost x mass: a value that Real holds, with room for its rounding.
+template <class Real>
+constexpr double kMostValue = sizeof(Real) == sizeof(float) ? 0x1.ffp127 : 0x1.ffp1023;
+
 // Relative difference of the two totals that still counts as rounding.
 constexpr double kBalanceTolerance = 1e-4;
 
 enum class Outcome : int32_t {
   solved,
   pruned,  // the optimum is above the limit that the caller gave
-  cost_not_finite,  // or the range of the costs is not
+  cost_not_finite,  // or above kMostCost
+  value_overflow,   // cost x mass is above kMostValue
   supply_not_valid,  // a weight is negative, NaN or infinite
   demand_not_valid,
   supply_zero,  // in total

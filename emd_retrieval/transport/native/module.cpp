@@ -59,6 +59,7 @@ const char* name_of(emd::Outcome outcome) {
     case emd::Outcome::solved:
     case emd::Outcome::pruned: break;
     case emd::Outcome::cost_not_finite: return "cost_not_finite";
+    case emd::Outcome::value_overflow: return "value_overflow";
     case emd::Outcome::supply_not_valid: return "supply_not_valid";
     case emd::Outcome::demand_not_valid: return "demand_not_valid";
     case emd::Outcome::supply_zero: return "supply_zero";

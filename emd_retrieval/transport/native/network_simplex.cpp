@@ -127,6 +127,19 @@ CostRange<Real> range_of(const CostRows<Real>& costs, int rows, int columns) {
   return range;
 }
 
+template <class Real>
+inline double magnitude_of(const CostRange<Real>& range) {
+  return larger(-double(range.low), double(range.high));
+}
+
+template <class Real>
+inline Outcome check_range(const CostRange<Real>& range, const Totals& totals) {
+  const double magnitude = magnitude_of(range);
+  if (!range.finite || magnitude > kMostCost<Real>) return Outcome::cost_not_finite;
+  if (magnitude * totals.supply > kMostValue<Real>) return Outcome::value_overflow;
+  return Outcome::solved;
+}
+
 // integer cost = round((cost - offset) * scale) - lowest, and cost = base + unit * integer cost.
 template <class Real>
 struct CostScale {
@@ -261,7 +274,7 @@ class NetworkSimplex {
   template <class Real>
   CostRows<Real> readable_rows(const Problem<Real>& problem);
   template <class Real>
-  Outcome load_costs(const Problem<Real>& problem);
+  Outcome load_costs(const Problem<Real>& problem, const Totals& totals);
   template <class Real>
   void quantise(const CostRows<Real>& costs, const CostScale<Real>& to);
   template <class Real>
@@ -292,12 +305,13 @@ CostRows<Real> NetworkSimplex<kRows, kColumns>::readable_rows(const Problem<Real
 
 template <int kRows, int kColumns>
 template <class Real>
-Outcome NetworkSimplex<kRows, kColumns>::load_costs(const Problem<Real>& problem) {
+Outcome NetworkSimplex<kRows, kColumns>::load_costs(const Problem<Real>& problem,
+                                                    const Totals& totals) {
   const CostRows<Real> costs = readable_rows(problem);
   const auto range = range_of<Real, kColumns>(costs, suppliers_, demanders_);
-  // A range that Real cannot hold leaves no room for potentials.
-  if (!range.finite || !(range.high - range.low < kInfinity)) return Outcome::cost_not_finite;
-  const double magnitude = larger(-double(range.low), double(range.high));
+  const Outcome outcome = check_range(range, totals);
+  if (outcome != Outcome::solved) return outcome;
+  const double magnitude = magnitude_of(range);
   const double half_range = double(range.high) * 0.5 - double(range.low) * 0.5;
   constexpr double huge = sizeof(Real) == 4 ? 0x1p90 : 0x1p900;
   if (half_range == 0 || (half_range > 1 / huge && magnitude < huge)) {
@@ -670,7 +684,7 @@ Outcome NetworkSimplex<kRows, kColumns>::solve(const Problem<Real>& problem, con
   if (outcome != Outcome::solved) return outcome;
   suppliers_ = problem.suppliers;
   demanders_ = problem.demanders;
-  outcome = load_costs(problem);
+  outcome = load_costs(problem, totals);
   if (outcome != Outcome::solved) return outcome;
   load_weights(problem, totals);
   build_first_tree();
@@ -701,10 +715,12 @@ Outcome NetworkSimplex<kRows, kColumns>::bound(const Problem<Real>& problem,
   constexpr int lanes = kLanesOf<Real>, vectors = kColumns / lanes;
   using V = Reals<Real>;
   Totals totals;
-  const Outcome outcome = check_weights(problem, totals);
+  Outcome outcome = check_weights(problem, totals);
   if (outcome != Outcome::solved) return outcome;
   const int m = problem.suppliers, n = problem.demanders;
   const CostRows<Real> costs = readable_rows(problem);
+  outcome = check_range(range_of<Real, kColumns>(costs, m, n), totals);
+  if (outcome != Outcome::solved) return outcome;
   const auto cost_at = [&](int i, int k) {
     const V x = load<V>(costs.row(i) + k * lanes);
     return before<Real>(n, k * lanes) ? x : V{} + Real(kInfinity);
@@ -715,19 +731,16 @@ Outcome NetworkSimplex<kRows, kColumns>::bound(const Problem<Real>& problem,
     return minimum<Real, lanes>(all);
   };
   Real row_first[kRows], row_second[kRows];
-  V column_first[vectors], column_second[vectors], poison{};
+  V column_first[vectors], column_second[vectors];
   for (int k = 0; k < vectors; k++) column_first[k] = column_second[k] = V{} + Real(kInfinity);
   for (int i = 0; i < m; i++) {
     V row[vectors];
     for (int k = 0; k < vectors; k++) {
       row[k] = cost_at(i, k);
       column_first[k] = smaller(row[k], column_first[k]);
-      poison += before<Real>(n, k * lanes) ? row[k] - row[k] : V{};
     }
     row_first[i] = over_row(row);
   }
-  for (int l = 0; l < lanes; l++)
-    if (!(poison[l] == 0)) return Outcome::cost_not_finite;
   for (int k = 0; k < vectors; k++)  // infinity less infinity would not stay out of a minimum
     column_first[k] = before<Real>(n, k * lanes) ? column_first[k] : V{};
   for (int i = 0; i < m; i++) {
@@ -757,8 +770,6 @@ Outcome NetworkSimplex<kRows, kColumns>::bound(const Problem<Real>& problem,
     magnitude += share * __builtin_fabs(first);
   }
   bound_per_mass = larger(rows_first, columns_first) - magnitude * 0x1p-44;
-  // Differences of the largest numbers may be infinite: no bound then.
-  if (!(bound_per_mass < kInfinity)) bound_per_mass = -kInfinity;
   return Outcome::solved;
 }
 
