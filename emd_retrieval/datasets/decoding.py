@@ -50,6 +50,12 @@ _DECODE_ERRORS = (
 class UnreadableImageError(ValueError):
     """One or more images cannot be decoded; the message names them and why."""
 
+    def __init__(self, message: str) -> None:
+        # A decoding process hands its error over as text, with the traceback before the reason.
+        if message.startswith("Caught "):
+            message = message.strip().rpartition("UnreadableImageError: ")[2]
+        super().__init__(message)
+
 
 def decode_rgb(path: Path) -> Image.Image:
     """Decode an image file to RGB, 8 bits a channel, upright.
