@@ -4,54 +4,65 @@ from __future__ import annotations
 
 import math
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-# Okabe-Ito blue, orange, green; markers repeat the distinction without colour.
-_STYLES = {"P@1": ("#0072B2", "o"), "RP": ("#E69F00", "s"), "MAP@R": ("#009E73", "^")}
+from emd_retrieval.reports.style import (
+    CHART,
+    PAGE,
+    QUIET,
+    is_narrow,
+    legend_above,
+    line_style,
+    number_ticks,
+    panels,
+)
+
+_METRICS = ("P@1", "RP", "MAP@R")
 
 
-def shortlist_figure(curve: pd.DataFrame, raw: dict[str, float] | None = None) -> Figure:
-    """Metrics (left) and latency a query (right) against the shortlist size.
+@rc_context(CHART)
+def shortlist_figure(
+    curve: pd.DataFrame, raw: dict[str, float] | None = None, *, width: float = PAGE
+) -> Figure:
+    """Metrics and latency a query against the shortlist size.
 
     Args:
         curve: Columns ``shortlist``, ``P@1``, ``RP``, ``MAP@R`` (percent) and ``ms a query``.
-        raw: The same metrics without re-ranking, drawn as dashed lines.
+        raw: The same metrics without re-ranking; with them the gains over them are drawn.
+        width: In inches; the panels of a narrow figure lie below each other.
 
     Raises:
         ValueError: If a column is missing.
     """
-    missing = {"shortlist", "ms a query", *_STYLES} - set(curve.columns)
+    missing = {"shortlist", "ms a query", *_METRICS} - set(curve.columns)
     if missing:
         raise ValueError(f"curve: expected columns {sorted(missing)}, got {list(curve.columns)}")
-    figure = Figure(figsize=(7.2, 2.9), dpi=150, layout="constrained")
-    quality, latency = figure.subplots(1, 2)
-    for metric, (color, marker) in _STYLES.items():
-        quality.plot(curve["shortlist"], curve[metric], color=color, marker=marker, label=metric)
-        if raw is not None:
-            quality.axhline(raw[metric], color=color, linestyle="--", linewidth=0.9)
-    if raw is not None:
-        quality.plot([], [], color="#555555", linestyle="--", linewidth=0.9, label="Raw")
-    quality.set(ylabel="percent")
-    # Above the axes, where no curve can run through it.
-    quality.legend(
-        fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(-0.02, 1.0),
-        columnspacing=1.2, handlelength=1.6,
-    )  # fmt: skip
-    latency.plot(curve["shortlist"], curve["ms a query"], color="#555555", marker="D")
+    figure, (quality, latency) = panels(2, width, 2.3)
+    for number, metric in enumerate(_METRICS):
+        # Metrics lie far apart, what re-ranking changes in each does not.
+        less, label = (0.0, metric) if raw is None else (raw[metric], _named(metric, raw))
+        quality.plot(curve["shortlist"], curve[metric] - less, label=label, **line_style(number))
+    if raw is None:
+        quality.set(ylabel="percent")
+    else:
+        quality.axhline(0, color=QUIET, linestyle="--", linewidth=0.9)
+        quality.set(ylabel="gain over Raw (percent points)")
+    legend_above(quality, 2 if is_narrow(width) else 3)
+    latency.plot(curve["shortlist"], curve["ms a query"], color=QUIET, marker="D")
     latency.set(ylabel="median latency a query (ms)", ylim=(0, None))
     labelled = _apart(curve["shortlist"].tolist())
     for axes in (quality, latency):
-        axes.set(xscale="log", xlabel="shortlist size (images compared by EMD)")
-        axes.set_xticks(labelled, [str(size) for size in labelled], fontsize=7)
-        axes.minorticks_off()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        axes.set(xscale="log")
+        number_ticks(axes, labelled)
+        if axes is latency or not is_narrow(width):
+            axes.set(xlabel="shortlist size (images compared by EMD)")
     return figure
+
+
+def _named(metric: str, raw: dict[str, float]) -> str:
+    return f"{metric} (Raw {raw[metric]:.1f})"
 
 
 def _apart(sizes: list[int]) -> list[int]:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from importlib import resources
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-# Okabe-Ito; markers repeat the distinction without colour.
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_MARKERS = "os^Dv*"
+from emd_retrieval.reports.style import (
+    CHART,
+    PAGE,
+    is_narrow,
+    legend_above,
+    line_style,
+    panels,
+)
 
 
 def paper_fewshot(table: int) -> pd.DataFrame:
@@ -64,30 +66,28 @@ def fewshot_layout(cells: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def shots_figure(cells: pd.DataFrame) -> Figure:
+@rc_context(CHART)
+def shots_figure(cells: pd.DataFrame, *, width: float = PAGE) -> Figure:
     """Accuracy against the number of support images, a line a classifier (Figure 5).
 
     Args:
         cells: ``row``, ``shot``, ``accuracy`` and ``interval``, in percent.
+        width: In inches.
 
     Raises:
         ValueError: If there is nothing to draw.
     """
     if not len(cells):
         raise ValueError("cells: expected at least one, got none")
-    figure = Figure(figsize=(5.4, 3.6), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, width, 2.8)
     for number, (name, part) in enumerate(cells.groupby("row", sort=False)):
         axes.errorbar(
-            part["shot"], part["accuracy"], yerr=part["interval"], label=str(name), capsize=2,
-            color=_COLORS[number % len(_COLORS)], marker=_MARKERS[number % len(_MARKERS)],
-            markersize=4, linewidth=1.2,
+            part["shot"], part["accuracy"], yerr=part["interval"], label=str(name),
+            elinewidth=0.9, **line_style(number),
         )  # fmt: skip
     axes.set(xlabel="support images a class", ylabel="accuracy (percent)")
     axes.set_xticks(sorted(set(cells["shot"])))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, frameon=False)
+    legend_above(axes, 2 if is_narrow(width) else 4)
     return figure
 
 

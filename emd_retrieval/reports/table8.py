@@ -9,12 +9,12 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg", force=False)
-
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from emd_retrieval.reports.style import CHART, COLORS, PAGE, QUIET, is_narrow, panels
 
 METRICS = ("P@1", "RP", "MAP@R")
 LOSS_NAMES = {
@@ -39,8 +39,7 @@ CONTROL_NAMES = {
     "evaluation": "EMD at evaluation only",
 }
 
-# Okabe-Ito; markers repeat the distinction without colour.
-_STYLES = {"fcn": ("#0072B2", "o"), "grid": ("#E69F00", "s"), "sampling": ("#009E73", "^")}
+_STYLES = {"fcn": (COLORS[0], "o"), "grid": (COLORS[1], "s"), "sampling": (COLORS[2], "^")}
 
 
 def paper_table8() -> pd.DataFrame:
@@ -147,12 +146,14 @@ def table8_latex(cells: pd.DataFrame, means: pd.DataFrame) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def table8_figure(cells: pd.DataFrame, means: pd.DataFrame) -> Figure:
+@rc_context(CHART)
+def table8_figure(cells: pd.DataFrame, means: pd.DataFrame, *, width: float = PAGE) -> Figure:
     """Gains over Raw with 95 % intervals, a panel a metric; hollow marks are the paper's.
 
     Args:
         cells: As for :func:`table8_layout`.
         means: Likewise; they make the lowest row.
+        width: In inches; the panels of a narrow figure lie below each other.
 
     Raises:
         ValueError: If no cell has a gain to draw.
@@ -164,10 +165,11 @@ def table8_figure(cells: pd.DataFrame, means: pd.DataFrame) -> Figure:
     losses = list(dict.fromkeys(gains["loss"]))
     methods = [method for method in _STYLES if method in set(gains["method"])]
     rows = [*losses, "mean"]
-    figure = Figure(figsize=(8.6, 1.1 + 0.5 * len(rows)), dpi=150, layout="constrained")
-    for axes, metric in zip(figure.subplots(1, 3, sharey=True), METRICS, strict=True):
-        axes.axvline(0, color="#555555", linewidth=0.8)
-        axes.axhline(len(losses) - 0.5, color="#bbbbbb", linewidth=0.8)
+    a_row = 0.2 + 0.09 * len(methods)
+    figure, grid = panels(3, width, 0.75 + a_row * len(rows), sharey=True, sharex=is_narrow(width))
+    for axes, metric in zip(grid, METRICS, strict=True):
+        axes.axvline(0, color=QUIET, linewidth=0.8)
+        axes.axhspan(len(losses) - 0.5, len(rows) - 0.5, color="#eef1f4", linewidth=0)
         for number, method in enumerate(methods):
             shift = 0.24 * (number - (len(methods) - 1) / 2)
             for table, place in ((gains, losses.index), (averages, lambda _: len(losses))):
@@ -175,35 +177,31 @@ def table8_figure(cells: pd.DataFrame, means: pd.DataFrame) -> Figure:
                 for _, entry in part.iterrows():
                     where = place(entry.get("loss", "mean")) + shift
                     _draw_gain(axes, entry, where, *_STYLES[method])
-        axes.set_title(metric, fontsize=9)
-        axes.set_xlabel("gain over Raw, points", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", alpha=0.25)
-    axes.set_yticks(range(len(rows)), [*(_loss(loss) for loss in losses), "mean"])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    figure.legend(handles=_legend(methods), loc="outside lower center", ncols=4, fontsize=8,
-                  frameon=False)  # fmt: skip
+        axes.set_title(metric, loc="left")
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        if not is_narrow(width) or axes is grid[-1]:
+            axes.set_xlabel("gain over Raw (percent points)")
+    grid[0].set_yticks(range(len(rows)), [*(_loss(loss) for loss in losses), "mean"])
+    grid[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.legend(handles=_legend(methods), loc="outside lower center",
+                  ncols=2 if is_narrow(width) else 4)  # fmt: skip
     return figure
 
 
 def _draw_gain(axes: Any, entry: Any, where: float, color: str, marker: str) -> None:
-    axes.plot([entry["gain_low"], entry["gain_high"]], [where, where], color=color, linewidth=1.6)
-    axes.plot(entry["gain"], where, color=color, marker=marker, markersize=4.5)
+    axes.plot([entry["gain_low"], entry["gain_high"]], [where, where], color=color, linewidth=1.5)
+    axes.plot(entry["gain"], where, color=color, marker=marker)
     if not pd.isna(entry["paper_gain"]):
-        axes.plot(
-            entry["paper_gain"], where, color=color, marker=marker, markersize=4.5, mfc="white"
-        )
+        axes.plot(entry["paper_gain"], where, color=color, marker=marker, mfc="white", mew=0.9)
 
 
 def _legend(methods: list[str]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
     handles = [
         Line2D([], [], color=_STYLES[m][0], marker=_STYLES[m][1], label=METHOD_NAMES[m])
         for m in methods
     ]
-    paper = Line2D([], [], color="#555555", marker="o", mfc="white", ls="none", label="paper")
+    paper = Line2D([], [], color=QUIET, marker="o", mfc="white", ls="none", label="the paper's")
     return [*handles, paper]
 
 

@@ -13,6 +13,7 @@ from emd_retrieval.workflows.evaluate import (
     evaluate_stored_sets,
 )
 from emd_retrieval.workflows.explain import ExplainImages, explain_images
+from emd_retrieval.workflows.explorer import collect_explorer
 from emd_retrieval.workflows.extract import ExtractedStore, ExtractImages, extract_images
 from emd_retrieval.workflows.fewshot import (
     FewshotStage,
@@ -27,7 +28,7 @@ from emd_retrieval.workflows.fewshot_tables import (
     fewshot_table,
 )
 from emd_retrieval.workflows.models import FeatureSettings
-from emd_retrieval.workflows.report import collect_explorer, write_report
+from emd_retrieval.workflows.report import write_charts, write_report
 from emd_retrieval.workflows.rerank import RerankQueries, rerank_queries
 from emd_retrieval.workflows.search import SearchImage, search_image
 from emd_retrieval.workflows.table8 import Table8, run_table8
@@ -69,5 +70,6 @@ __all__ = [
     "search_image",
     "train_recipe",
     "tune_queries",
+    "write_charts",
     "write_report",
 ]

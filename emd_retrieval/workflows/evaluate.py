@@ -33,10 +33,11 @@ from emd_retrieval.retrieval import (
 )
 from emd_retrieval.retrieval.evaluation import check_shortlist
 from emd_retrieval.retrieval.metrics import relevant_counts
+from emd_retrieval.workflows.explorer import EXPLORER_FILE, collect_explorer
 from emd_retrieval.workflows.gallery import ImageSide, save_pictures
 from emd_retrieval.workflows.inputs import read_labels, read_matrix, read_ranking
 from emd_retrieval.workflows.models import FeatureSettings, ImageModel
-from emd_retrieval.workflows.report import EXPLORER_FILE, collect_explorer, write_report
+from emd_retrieval.workflows.report import write_report
 
 _TITLES = {"fcn": "FCN", "grid": "Grid", "sampling": "Sampling"}
 

@@ -1,253 +1,123 @@
-"""``report``: what a run keeps for its page, and the page of a run's folder."""
+"""``report``: the page of a run's folder, and its charts as files."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor
 
-from emd_retrieval._checks import check_positive
-from emd_retrieval._files import write_text
-from emd_retrieval.matching import EMDMatcher
-from emd_retrieval.matching.clusters import METHODS
+from emd_retrieval._checks import check_choice
+from emd_retrieval._files import check_folder, write_text
 from emd_retrieval.records import ResultRecord
-from emd_retrieval.reports import shortlist_figure
-from emd_retrieval.reports.explorer import ExplorerData, Match, PageFigure, Picture, Query
+from emd_retrieval.reports import save_figure
+from emd_retrieval.reports.charts import Chart, record_charts
+from emd_retrieval.reports.explorer import ExplorerData, PageFigure
 from emd_retrieval.reports.explorer import render_page as page_of
-from emd_retrieval.reports.explorer.data import ClassResult
+from emd_retrieval.reports.style import COLUMN, PAGE
 from emd_retrieval.reports.training import training_figure
-from emd_retrieval.retrieval import Evaluation
 from emd_retrieval.training.model import SUMMARY_FILE, read_summary
 from emd_retrieval.training.monitor import read_log
-from emd_retrieval.workflows.gallery import ImageSide, Pixels
+from emd_retrieval.workflows.explorer import EXPLORER_FILE
+from emd_retrieval.workflows.report_cells import cells_report, is_cells_folder
 
-EXPLORER_FILE = "explorer.npz"
 PAGE_FILE = "report.html"
-
-_METRIC = "MAP@R"
-_NEIGHBOURS = 6
-_SIDE = 224  # pixels, the longer side of a kept picture
-_QUALITY = 80
-_MOST_BYTES = 16_000_000  # of pictures; what a phone still opens
-_LEAST_FLOW = 1e-4  # of the mass; dense couplings move a little everywhere
-_PAIRS_AT_ONCE = 256
+FORMATS = ("png", "svg")
 
 
-@dataclass(frozen=True)
-class _Sides:
-    query: ImageSide
-    gallery: ImageSide
-
-    @property
-    def same(self) -> bool:
-        return self.query is self.gallery
-
-
-def collect_explorer(
-    evaluation: Evaluation,
-    query: ImageSide,
-    gallery: ImageSide,
-    *,
-    matcher: EMDMatcher,
-    boxes: Callable[[Image.Image], Tensor | None],
-    view: Callable[[Image.Image], Pixels],
-    queries: int = 200,
-) -> ExplorerData:
-    """Queries worth a look with their neighbours, pictures and matches.
-
-    At most ``queries`` are kept, in turn the one that gained most, the one that lost most and one
-    that did not change; fewer where their pictures would exceed 16 MB.
+def write_report(
+    run: str | Path, output: str | Path | None = None, *, cells: str | Path | None = None
+) -> Path:
+    """The page of a run: its records, charts, and the explorer where the run kept one.
 
     Args:
-        evaluation: Two rankings, the baseline first.
-        query: The queries.
-        gallery: What was searched; the very object ``query`` where the queries were.
-        matcher: The EMD similarity that ranked.
-        boxes: Where the nodes of an image lie, as shares of its view; without them there are
-            neighbours and no matches. Shape of its result: ``[N, 4]``.
-        view: The part of an image that the network saw.
-        queries: At most so many.
-
-    Raises:
-        ValueError: If ``queries`` is not positive.
-    """
-    check_positive("queries", queries)
-    sides = _Sides(query, gallery)
-    names = list(evaluation.rankings)[:2]
-    rankings = [evaluation.rankings[name] for name in names]
-    scores = [evaluation.scores[name] for name in names]
-    rows = scores[0].queries
-    before, after = (score.per_query[_METRIC].to_numpy() for score in scores)
-    depth = min(_NEIGHBOURS, *(ranking.depth for ranking in rankings))
-
-    class_names = query.collection.class_names
-    if gallery.collection.class_names != class_names:
-        raise ValueError("gallery: expected the classes of query, in the same order")
-    pictures: list[Picture] = []
-    place_of: dict[tuple[bool, int], int] = {}
-    row_of: list[int] = []
-    kept: list[Query] = []
-    size = 0
-
-    def picture_of(row: int, *, of_gallery: bool) -> int:
-        nonlocal size
-        key = of_gallery and not sides.same, row
-        if key not in place_of:
-            place_of[key] = len(pictures)
-            pictures.append(
-                _picture(sides.gallery if of_gallery else sides.query, row, boxes, view)
-            )
-            row_of.append(row)
-            size += len(pictures[-1].jpeg)
-        return place_of[key]
-
-    for i in _in_turn(after - before):
-        if len(kept) == queries or size > _MOST_BYTES:
-            break
-        row = int(rows[i])
-        answers = [ranking.rows[row, :depth].tolist() for ranking in rankings]
-        kept.append(
-            Query(
-                picture=picture_of(row, of_gallery=False),
-                scores=(float(before[i]), float(after[i])),
-                neighbours=np.array(
-                    [[picture_of(a, of_gallery=True) for a in answer] for answer in answers],
-                    np.int32,
-                ),
-                similarities=torch.stack(
-                    [ranking.scores[row, :depth].float() for ranking in rankings]
-                ).numpy(),
-            )
-        )
-    pairs = sorted({(q.picture, int(p)) for q in kept for p in q.neighbours.ravel()})
-    return ExplorerData(
-        methods=(names[0], names[1]),
-        metric=_METRIC,
-        class_names=class_names,
-        total=len(rows),
-        pictures=pictures,
-        queries=kept,
-        matches=dict(_matches(pairs, pictures, row_of, sides, matcher)),
-        classes=_class_results(query, rows, before, after),
-    )
-
-
-def write_report(run: str | Path, output: str | Path | None = None) -> Path:
-    """The page of a run's folder: its records, curves, and the explorer where the run kept one.
-
-    Args:
-        run: Folder that a command wrote.
-        output: The HTML file; ``report.html`` in the folder by default.
+        run: Folder that a command wrote, the runs' folder of Table 8, or a record (``NAME.json``).
+        output: The HTML file; by default ``report.html`` in the folder, or the record's name with
+            ``.html`` beside it.
+        cells: The runs' folder of a Table 8 whose record is in ``run``: their training curves and
+            their results by class come into the page.
 
     Returns:
         The file written.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or nothing in it to report.
+        FileNotFoundError: If there is no such folder or file, or nothing in it to report.
         ValueError: If a file of it cannot be read.
     """
     run = Path(run)
-    if not run.is_dir():
-        raise FileNotFoundError(f"run: no folder {str(run)!r}")
-    records = list(_records(run))
-    figures = [*_tradeoffs(records), *_training(run)]
+    records, charts = _contents(run, None if cells is None else Path(cells))
     file = run / EXPLORER_FILE
     explorer = ExplorerData.load(file) if file.is_file() else None
-    if not records and not figures and explorer is None:
+    if not records and not charts and explorer is None:
         raise FileNotFoundError(
             f"run: {run} holds no result record (NAME.json) and no training log; pass the folder "
-            "that evaluate, train, table8 or rerank wrote"
+            "that evaluate, train, table8, rerank or fewshot wrote"
         )
+    figures = [
+        PageFigure(chart.title, chart.text, _svg(chart.draw(PAGE)), _svg(chart.draw(COLUMN)))
+        for chart in charts
+    ]
     page = page_of(records, figures=figures, explorer=explorer, title=None if records else run.name)
-    return write_text(run / PAGE_FILE if output is None else output, page)
+    beside = run.with_suffix(".html") if run.is_file() else run / PAGE_FILE
+    return write_text(beside if output is None else output, page)
 
 
-def _picture(
-    side: ImageSide,
-    row: int,
-    boxes: Callable[[Image.Image], Tensor | None],
-    view: Callable[[Image.Image], Pixels],
-) -> Picture:
-    image = side.image(row)
-    places = boxes(image)
-    small = Image.fromarray(view(image))
-    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
-    number = int(side.features.ids[row])
-    return Picture(
-        name=side.collection.image_name(number),
-        label=int(side.collection.labels[number]),
-        size=small.size,
-        jpeg=buffer.getvalue(),
-        boxes=None if places is None else places.numpy().astype(np.float32),
-    )
+def write_charts(
+    run: str | Path,
+    output: str | Path,
+    *,
+    formats: Sequence[str] = FORMATS,
+    width: float = COLUMN,
+) -> list[Path]:
+    """The charts of a run as files, ``NAME.png`` and ``NAME.svg``.
+
+    Args:
+        run: As for :func:`write_report`.
+        output: Folder.
+        formats: ``"png"``, ``"svg"`` or both.
+        width: In inches; a column of a two-column paper by default.
+
+    Returns:
+        The files written; none where the run has nothing to draw.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or file.
+        ValueError: If a file of it cannot be read, or formats or width are not valid.
+    """
+    for name in formats:
+        check_choice("formats", name, FORMATS)
+    check_folder(output)
+    _, charts = _contents(Path(run), None)
+    files = []
+    for chart in charts:
+        figure = chart.draw(width)
+        files += [save_figure(figure, Path(output) / f"{chart.name}.{end}") for end in formats]
+    return files
 
 
-def _in_turn(change: np.ndarray) -> Iterator[int]:
-    """Places of queries: the most improved, the most worsened, an unchanged one, and again."""
-    order = np.argsort(-change, kind="stable")
-    groups = [
-        [int(i) for i in order if change[i] > 0],
-        [int(i) for i in order[::-1] if change[i] < 0],
-        [int(i) for i in order if change[i] == 0],
-    ]
-    for turn in range(max(map(len, groups))):
-        yield from (group[turn] for group in groups if turn < len(group))
-
-
-def _matches(
-    pairs: Sequence[tuple[int, int]],
-    pictures: Sequence[Picture],
-    row_of: Sequence[int],
-    sides: _Sides,
-    matcher: EMDMatcher,
-) -> Iterator[tuple[tuple[int, int], Match]]:
-    if matcher.weights in METHODS:
-        return  # nodes that are clusters lie nowhere in the image
-    pairs = [pair for pair in pairs if all(pictures[p].boxes is not None for p in pair)]
-    for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-        part = pairs[start : start + _PAIRS_AT_ONCE]
-        query, reference = (
-            side.features.nodes[[row_of[pair[end]] for pair in part]]
-            for end, side in enumerate((sides.query, sides.gallery))
-        )
-        match = matcher.match(query, reference)
-        for number, pair in enumerate(part):
-            flow, cost = match.flow[number].numpy(), match.cost[number].numpy()
-            moved = np.argwhere(flow > _LEAST_FLOW)
-            yield (
-                pair,
-                Match(
-                    similarity=float(match.similarity[number]),
-                    query_weights=match.query_weights[number].numpy(),
-                    reference_weights=match.reference_weights[number].numpy(),
-                    pairs=moved.astype(np.uint16),
-                    flow=flow[tuple(moved.T)],
-                    cost=cost[tuple(moved.T)],
-                ),
-            )
-
-
-def _class_results(
-    query: ImageSide, rows: Tensor, before: np.ndarray, after: np.ndarray
-) -> list[ClassResult]:
-    table = pd.DataFrame(
-        {"name": [query.label(int(r)) for r in rows], "before": before, "after": after}
-    )
-    return [
-        ClassResult(str(name), len(part), float(part["before"].mean()), float(part["after"].mean()))
-        for name, part in table.groupby("name")
-    ]
+def _contents(run: Path, cells: Path | None) -> tuple[list[ResultRecord], list[Chart]]:
+    """Records and charts of a run."""
+    if run.is_file():
+        records = [ResultRecord.load(run)]
+    elif run.is_dir():
+        records = list(_records(run))
+    else:
+        raise FileNotFoundError(f"run: no folder {str(run)!r}")
+    charts = [*(chart for record in records for chart in record_charts(record)), *_training(run)]
+    if cells is None and not records and is_cells_folder(run):
+        record, more = cells_report(run)
+        return [record], _told_apart([*record_charts(record), *more])
+    if cells is not None:
+        record, more = cells_report(cells)
+        classes = {name: table for name, table in record.tables.items() if name == "classes"}
+        if classes and records:
+            records[0] = replace(records[0], tables={**records[0].tables, **classes})
+        charts += more
+    return records, _told_apart(charts)
 
 
 def _records(run: Path) -> Iterator[ResultRecord]:
@@ -259,38 +129,37 @@ def _records(run: Path) -> Iterator[ResultRecord]:
             continue
 
 
-def _tradeoffs(records: Sequence[ResultRecord]) -> Iterator[PageFigure]:
-    for record in records:
-        curve = record.tables.get("shortlist")
-        if curve is None or not {"shortlist", "P@1", "RP", "MAP@R", "ms a query"} <= set(curve):
-            continue
-        first = None
-        if {"method", "metric", "value"} <= set(record.table):
-            raw = record.table[record.table["method"] == "Raw"]
-            first = {str(k): float(v) for k, v in zip(raw["metric"], raw["value"], strict=True)}
-        yield PageFigure(
-            "Shortlist trade-off",
-            "Metrics and milliseconds a query against the size of the shortlist; the numbers are "
-            "in the table above.",
-            _svg(shortlist_figure(curve, first or None)),
-        )
+def _told_apart(charts: Sequence[Chart]) -> list[Chart]:
+    """Charts of several records have names of their own, so that no file is written twice."""
+    seen: dict[str, int] = {}
+    named = []
+    for chart in charts:
+        number = seen[chart.name] = seen.get(chart.name, 0) + 1
+        name = chart.name if number == 1 else f"{chart.name}_{number}"
+        named.append(replace(chart, name=name))
+    return named
 
 
-def _training(run: Path) -> Iterator[PageFigure]:
+def _training(run: Path) -> Iterator[Chart]:
+    """The log of a training run, of retrieval or of a few-shot stage."""
     log = pd.DataFrame(read_log(run)).apply(pd.to_numeric, errors="coerce")
     if not {"step", "loss"} <= set(log):
         return
-    empty = pd.DataFrame({"step": [], _METRIC: []})
-    validation = log.dropna(subset=[_METRIC]) if _METRIC in log else empty
-    finished = (run / SUMMARY_FILE).is_file()
-    figure = training_figure(
-        log.dropna(subset=["loss"]),
-        validation,
-        metric=_METRIC,
-        best_step=read_summary(run)["best_step"] if finished else None,
-    )
-    yield PageFigure(
-        "Training", "The loss, and validation on held-out classes, over steps.", _svg(figure)
+    metric = next((name for name in ("MAP@R", "validation") if name in log), None)
+    empty = pd.DataFrame({"step": []})
+    validation = empty if metric is None else log.dropna(subset=[metric])
+    best = read_summary(run)["best_step"] if (run / SUMMARY_FILE).is_file() else None
+    yield Chart(
+        "training",
+        "Training",
+        "The loss, and validation on held-out classes, over steps.",
+        lambda width: training_figure(
+            log.dropna(subset=["loss"]),
+            validation,
+            metric=metric or "MAP@R",
+            best_step=best,
+            width=width,
+        ),
     )
 
 

@@ -1,3 +1,4 @@
+import base64
 import dataclasses
 import io
 import json
@@ -137,10 +138,17 @@ def test_a_page_holds_tables_classes_and_data():
     data = payload(page)
     assert data["queries"][0] == [0, [40, 60], [[1, 2, 3]] * 2, [[0.9, 0.8, 0.7], [0.8, 0.6, None]]]
     assert data["layouts"] == [quarters().tolist()], "one set of boxes for all pictures"
-    similarity, query_weights, reference_weights, flows = data["matches"]["0 1"]
-    assert similarity == 0.75
-    assert query_weights == pytest.approx(reference_weights[::-1])
-    assert [flow[:2] for flow in flows][:2] == [[0, 1], [1, 2]]
+    match = explorer.matches[0, 1]
+    similarity, *sizes, packed = data["matches"]["0 1"]
+    words = np.frombuffer(base64.b64decode(packed), "<u2")
+    assert (similarity, sizes) == (0.75, [5, 5])
+    assert words[:5] / 65535 == pytest.approx(match.query_weights, abs=1e-5)
+    assert words[5:10] / 65535 == pytest.approx(match.reference_weights, abs=1e-5)
+    flows = words[10:].reshape(-1, 4)
+    np.testing.assert_array_equal(flows[:, :2], match.pairs)
+    assert flows[:, 2] / 65535 == pytest.approx(match.flow, abs=1e-5)
+    low, high = data["costs"]
+    assert low + flows[:, 3] / 65535 * (high - low) == pytest.approx(match.cost, abs=1e-4)
     size = re.search(r"one file of (\d+) kB", page)
     assert int(size.group(1)) == pytest.approx(len(page.encode()) / 1e3, abs=1)
 

@@ -111,7 +111,7 @@ def test_refuses_what_cannot_be_drawn():
 @pytest.mark.parametrize("label", ["W" * 40, "001." + "m" * 26, "Great_Grey_Shrike " * 3])
 def test_wide_names_stay_on_the_page_and_beside_each_other(label):
     figure = gallery_figure([row("01", "10", label=label), row("01", "10", label=label)])
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     width = figure.bbox.width
     columns = [figure.axes[i].get_window_extent() for i in (0, 1)]
     for axes in figure.axes:

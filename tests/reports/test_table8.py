@@ -89,7 +89,7 @@ def test_latex(tables):
 def test_figure(tables):
     figure = table8_figure(*tables)
     panels = figure.axes
-    assert [axes.get_title() for axes in panels] == list(METRICS)
+    assert [axes.get_title(loc="left") for axes in panels] == list(METRICS)
     drawn = {tuple(map(float, line.get_xdata())) for line in panels[0].lines}
     assert {(1.5,), (0.5, 2.5), (1.18,)} <= drawn
     assert (0.5,) not in drawn, "no control in the chart"

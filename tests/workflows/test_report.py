@@ -88,7 +88,7 @@ def test_the_page_holds_the_run(run):
     page = (run[0] / "report.html").read_text(encoding="utf-8")
     assert "Raw against DeepEMD-FCN" in page
     assert "Shortlist trade-off" in page
-    assert page.count("data:image/svg+xml;base64,") == 1
+    assert page.count("data:image/svg+xml;base64,") == 2, "one for screens, one for phones"
     assert write_report(run[0]).read_text(encoding="utf-8") == page, "made of the folder alone"
 
 
@@ -154,6 +154,6 @@ def test_a_number_of_queries_must_be_one(image_folder, weights, tmp_path):
 
 
 def test_pictures_are_limited(image_folder, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("emd_retrieval.workflows.report._MOST_BYTES", 1)
+    monkeypatch.setattr("emd_retrieval.workflows.explorer._MOST_BYTES", 1)
     evaluate_images(settings(image_folder, weights), tmp_path)
     assert len(ExplorerData.load(tmp_path / "explorer.npz").queries) == 1

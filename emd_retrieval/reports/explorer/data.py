@@ -29,9 +29,9 @@ class Picture:
 
     Attributes:
         name: What the image is called.
-        label: Index of its class.
+        label: Index of its class; -1 where classes are not known.
         size: Width and height, in pixels.
-        jpeg: The picture, encoded.
+        jpeg: The picture, encoded; empty where it is not at hand.
         boxes: Left, top, right, bottom of each node, as shares of the picture; ``None`` where it
             cannot be told. Shape: ``[N, 4]``.
     """
@@ -49,7 +49,7 @@ class Query:
 
     Attributes:
         picture: Index of its picture.
-        scores: Its metric by each method, in percent.
+        scores: Its metric by each method, in percent; NaN where classes are not known.
         neighbours: Indices of pictures by each method, best first. Shape: ``[2, K]``.
         similarities: What each method ranked them by; ``-inf`` where it compared nothing. Shape:
             ``[2, K]``.
@@ -99,7 +99,7 @@ class ExplorerData:
     Attributes:
         methods: Names of the two methods, the baseline first.
         metric: What ``Query.scores`` are.
-        class_names: Names of the classes.
+        class_names: Names of the classes; none where they are not known.
         total: How many queries the run scored.
         pictures: Of queries and neighbours.
         queries: The queries that are kept.
@@ -115,6 +115,18 @@ class ExplorerData:
     queries: Sequence[Query]
     matches: Mapping[tuple[int, int], Match]
     classes: Sequence[ClassResult]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it is known which answers are right."""
+        return bool(self.class_names)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """By what queries are filtered."""
+        if self.labelled:
+            return ("all", "improved", "worsened", "unchanged")
+        return ("all", "new first answer", "reordered", "unchanged")
 
     def save(self, path: str | Path) -> Path:
         """Write the file, whole or not at all."""
