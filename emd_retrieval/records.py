@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from emd_retrieval._checksums import sealed, unsealed
 from emd_retrieval._files import whole_file, write_text
 
 _PACKAGES = (
@@ -83,7 +84,7 @@ class ResultRecord:
         return replace(self, figures=(*self.figures, *figures))
 
     def to_json(self) -> str:
-        """The whole record as JSON; tables as lists of rows."""
+        """The whole record as JSON with its checksum; tables as lists of rows."""
         content = {
             "name": self.name,
             "title": self.title,
@@ -100,7 +101,8 @@ class ResultRecord:
             "summary": None if self.summary is None else _rows(self.summary),
             "tables": {name: _rows(table) for name, table in self.tables.items()},
         }
-        return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+        plain = json.loads(json.dumps(content, default=str))
+        return json.dumps(sealed(plain), indent=2, ensure_ascii=False) + "\n"
 
     def to_markdown(self) -> str:
         """The record for people: tables, notes, then how it was made."""
@@ -139,7 +141,7 @@ class ResultRecord:
             suffix = "" if number == 0 else "_" + "".join(c if c.isalnum() else "_" for c in name)
             file = folder / f"{self.name}{suffix}.csv"
             with whole_file(file) as partial:
-                table.to_csv(partial, index=False)
+                table.to_csv(partial, index=False, errors="backslashreplace")
             files.append(file)
         files.append(write_text(folder / f"{self.name}.md", self.to_markdown()))
         # The JSON comes last: where it is, the rest is complete.
@@ -152,18 +154,22 @@ class ResultRecord:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not a result record.
+            ValueError: If it is not a result record, or was altered since it was saved.
         """
         path = Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"record: {path.name} is not a result record ({error})") from error
+        try:
+            content = unsealed(content, f"record: {path.name}")
             tables = {name: pd.DataFrame(rows) for name, rows in content.pop("tables").items()}
             if content["summary"] is not None:
                 content["summary"] = pd.DataFrame(content["summary"])
             content["notes"] = tuple(content["notes"])
             content["figures"] = tuple(content["figures"])
             return cls(tables=tables, **content)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"record: {path.name} is not a result record ({error})") from error
 
 

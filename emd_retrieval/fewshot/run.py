@@ -18,10 +18,10 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from emd_retrieval._files import check_folder, whole_file, write_text
+from emd_retrieval._checksums import check_archive, load_tensors, save_tensors
+from emd_retrieval._files import check_folder, write_text
 from emd_retrieval.datasets import ImageCollection, ImageDataset
 from emd_retrieval.features import Extractor, build_extractor, extract_features, load_backbone
 from emd_retrieval.features.extraction import default_workers
@@ -47,6 +47,7 @@ from emd_retrieval.training.model import (
     RECIPE_FILE,
     SUMMARY_FILE,
     WEIGHTS_FILE,
+    check_recipe_file,
     read_summary,
     write_summary,
 )
@@ -218,6 +219,7 @@ def load_fewshot_run(run: str | Path) -> FewshotRun:
     summary = read_summary(run)
     if "stage" not in summary:
         raise ValueError(f"run: {run} is no few-shot run; expected one of pretrain or train")
+    check_recipe_file(run, summary)
     recipe = read_run_recipe(run)
     extractor = _extractor(
         _as_map(recipe) if summary["stage"] == "pretrain" else recipe, pretrained=False
@@ -444,6 +446,7 @@ def _run(
         )
         resume = str(checkpoint) if checkpoint.is_file() else None
         if resume is not None:
+            check_archive(checkpoint)
             _LOG.info("going on from %s", checkpoint)
         loader = StageData(batches, stage.source, accumulate=accumulate, workers=workers)
         # Backbones are built in evaluation mode, and Lightning leaves the mode as it is.
@@ -583,13 +586,14 @@ def _save(extractor: Extractor, recipe: FewshotRecipe, path: Path) -> None:
         name: (value.to(kind) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in extractor.state_dict().items()
     }
-    with whole_file(path) as partial:
-        save_file(state, partial)
+    save_tensors(path, state)
 
 
 def _load(extractor: Extractor, path: Path) -> None:
     try:
-        extractor.load_state_dict(load_file(path))
+        extractor.load_state_dict(load_tensors(path))
+    except FileNotFoundError:
+        raise
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"run: {path} does not fit its recipe ({first})") from error

@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emd_retrieval.retrieval.store import LocalFeatureStore
+from emd_retrieval.retrieval.store.store import ABSENT as ABSENT
 
 Ids = NDArray[np.int64] | NDArray[np.object_]
 IdsLike = Tensor | NDArray[Any] | Sequence[Sequence[int]] | Sequence[Sequence[str | None]]
-
-ABSENT = -1
-"""The id, and the row, of a place for which the first stage found nothing (FAISS's convention)."""
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from emd_retrieval._files import whole_file, write_text
+from emd_retrieval._checksums import AlteredError, load_tensors, save_tensors, sealed, unsealed
+from emd_retrieval._files import write_text
 from emd_retrieval.datasets import ImageCollection, ImageDataset
 from emd_retrieval.features import (
     Extractor,
@@ -33,6 +34,7 @@ from emd_retrieval.training.trunk_cache import TrunkCache, node_count, state_che
 WEIGHTS_FILE = "model.safetensors"
 RECIPE_FILE = "recipe.yaml"
 SUMMARY_FILE = "run.json"
+_RECIPE_SEAL = "recipe_sha256"
 _CHUNK = 512
 
 
@@ -157,20 +159,20 @@ def trained_state(model: TrainedModel) -> dict[str, Tensor]:
 
 def save_state(model: TrainedModel, path: Path) -> None:
     """Write :func:`trained_state` to a safetensors file, whole or not at all."""
-    with whole_file(path) as partial:
-        save_file(trained_state(model), partial)
+    save_tensors(path, trained_state(model))
 
 
 def load_state(model: TrainedModel, path: Path) -> None:
     """Read back what :func:`save_state` wrote.
 
     Raises:
-        ValueError: If it is not the state of such a model.
+        FileNotFoundError: If it is not there.
+        ValueError: If it is not the state of such a model, or was altered since.
     """
     try:
-        state = load_file(path)
-    except Exception as error:
-        raise ValueError(f"model: {path} is not a readable safetensors file ({error})") from error
+        state = load_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
     wanted = trained_state(model)
     shapes = {name: list(value.shape) for name, value in state.items()}
     expected = {name: list(value.shape) for name, value in wanted.items()}
@@ -200,6 +202,7 @@ def load_model(run: str | Path, *, weights: str | Path | None = None) -> Trained
     """
     run = Path(run)
     summary = read_summary(run)
+    check_recipe_file(run, summary)
     recipe = load_recipe(run / RECIPE_FILE)
     frozen = recipe.model.frozen_trunk
     try:
@@ -226,22 +229,39 @@ def read_summary(run: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the run has not finished.
-        ValueError: If the file cannot be read.
+        ValueError: If the file cannot be read, or was altered since.
     """
     path = run / SUMMARY_FILE
     if not path.is_file():
         state = "has not finished; start it again to go on" if run.is_dir() else "is not there"
         raise FileNotFoundError(f"run: {run} {state} (no {SUMMARY_FILE})")
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict):
+            raise ValueError(f"a {type(summary).__name__}")
     except ValueError as error:
-        raise ValueError(f"run: {path} is not JSON ({error})") from error
-    return summary
+        raise ValueError(f"run: {path} is not a summary in JSON ({error})") from error
+    return unsealed(summary, f"run: {path}")
 
 
 def write_summary(run: Path, summary: dict[str, Any]) -> None:
     """Write ``run.json``, the last file of a run: where it is, the run is whole."""
-    write_text(run / SUMMARY_FILE, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    content = sealed({**summary, _RECIPE_SEAL: _file_sha256(run / RECIPE_FILE)})
+    write_text(run / SUMMARY_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_recipe_file(run: Path, summary: Mapping[str, Any]) -> None:
+    """Hold the recipe of a finished run against the checksum in its summary.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it was altered since the run.
+    """
+    path = run / RECIPE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"run: {run} has no {RECIPE_FILE}")
+    if summary.get(_RECIPE_SEAL, "") not in ("", _file_sha256(path)):
+        raise AlteredError(f"run: {path} was altered since the run: it does not fit {SUMMARY_FILE}")
 
 
 def embed_collection(
@@ -368,9 +388,13 @@ def weights_record(model: TrainedModel, weights: str | Path | None) -> dict[str,
     name = Path(file).name if on_disk and file is not None else model.recipe.model.backbone
     record = {"file": name, "backbone_sha256": state_checksum(model.extractor.backbone)}
     if on_disk and file is not None:
-        with Path(file).open("rb") as handle:
-            record["sha256"] = hashlib.file_digest(handle, "sha256").hexdigest()
+        record["sha256"] = _file_sha256(Path(file))
     return record
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _embeddings(similarity: str, nodes: Tensor, pooled: Tensor) -> Tensor:

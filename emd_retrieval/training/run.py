@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from emd_retrieval._checksums import check_archive
 from emd_retrieval._files import check_folder, write_text
 from emd_retrieval.datasets import ImageCollection, ImageDataset
 from emd_retrieval.features import FeatureSet, extract_features
@@ -410,6 +411,7 @@ def _fit(
         task.train()
         resume = str(checkpoint) if checkpoint.is_file() else None
         if resume is not None:
+            check_archive(checkpoint)
             _LOG.info("going on from %s", checkpoint)
         trainer.fit(task, batches, ckpt_path=resume, weights_only=True)
     task.eval()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from emd_retrieval._tables import TABLES, read_table
 from emd_retrieval.datasets import UnreadableImageError, decode_rgb, image_files
 from emd_retrieval.datasets.image_folder import IMAGE_SUFFIXES
 
@@ -50,16 +51,17 @@ def read_image_list(path: Path) -> ImageList:
         images = ImageList(tuple(files), [file.relative_to(path).as_posix() for file in files])
     elif not path.is_file():
         raise FileNotFoundError(f"images: no folder or file {str(path)!r}")
-    elif path.suffix in (".parquet", ".pq", ".csv"):
+    elif path.suffix in TABLES:
         images = _read_table(path)
     else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
+        data = path.read_bytes()
+        if b"\0" in data:
             raise ValueError(
-                f"images: {path.name} is no list of paths (not UTF-8 text); expected a folder, a "
+                f"images: {path.name} is no list of paths (not a text file); expected a folder, a "
                 "text file with a path a line, or a table (.parquet, .csv)"
-            ) from error
+            )
+        # Names of files need not be UTF-8; as Python's own they keep their bytes.
+        lines = data.decode("utf-8-sig", errors="surrogateescape").split("\n")
         names = [line.strip() for line in lines if line.strip()]
         images = ImageList(tuple(path.parent / name for name in names), names)
     if not len(images):
@@ -105,9 +107,9 @@ def collate_views(
 
 def _read_table(path: Path) -> ImageList:
     try:
-        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"images: {path.name} is not a readable table ({error})") from error
+        table = read_table(path, ("path", "id"))
+    except ValueError as error:
+        raise ValueError(f"images: {error}") from error
     if "path" not in table:
         raise ValueError(
             f"images: expected a column 'path' in {path.name}, got "

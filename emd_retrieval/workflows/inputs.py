@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emd_retrieval._checks import check_finite
+from emd_retrieval._tables import read_table
 from emd_retrieval.features import global_vectors, unpack
 from emd_retrieval.retrieval import Ranking
 from emd_retrieval.retrieval.metrics import relevant_counts
@@ -272,15 +273,7 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    _check_file(path)
-    try:
-        if path.suffix == ".csv":
-            return pd.read_csv(path)
-        if path.suffix in (".parquet", ".pq"):
-            return pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path.name}: not a readable table ({error})") from error
-    raise ValueError(f"{path.name}: expected a table, .parquet or .csv, got {path.suffix!r}")
+    return read_table(path, ("id", "query", "path", "label"))
 
 
 def _check_file(path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from emd_retrieval._files import check_folder, whole_file, write_text
+from emd_retrieval._checksums import load_table, save_table
+from emd_retrieval._files import check_folder, write_text
 from emd_retrieval.datasets import ImageCollection, check_readable
 from emd_retrieval.records import ResultRecord
 from emd_retrieval.reports import save_figure
@@ -164,8 +165,7 @@ def write_scores(run: Path, scores: RetrievalScores, test: ImageCollection) -> p
     """
     names = [test.image_name(row) for row in scores.queries.tolist()]
     table = scores.per_query.astype("float32").set_axis(pd.Index(names, name="image"))
-    with whole_file(run / SCORES_FILE) as partial:
-        table.to_parquet(partial)
+    save_table(run / SCORES_FILE, table)
     return table
 
 
@@ -173,7 +173,8 @@ def read_scores(run: Path, recipe: Recipe, test: ImageCollection) -> pd.DataFram
     """What :func:`write_scores` kept; ``None`` where there is nothing yet.
 
     Raises:
-        ValueError: If they are of another recipe (the differing keys are told) or other images.
+        ValueError: If they are of another recipe (the differing keys are told) or other images, or
+            the file is damaged.
     """
     if not (run / SCORES_FILE).is_file() or not (run / RECIPE_FILE).is_file():
         return None
@@ -186,7 +187,10 @@ def read_scores(run: Path, recipe: Recipe, test: ImageCollection) -> pd.DataFram
             f"run: {run} holds a run of another recipe ({shown}). Take another folder, or remove "
             "that one"
         )
-    scores = pd.read_parquet(run / SCORES_FILE)
+    try:
+        scores = load_table(run / SCORES_FILE)
+    except ValueError as error:
+        raise ValueError(f"run: {error}; remove it, and it is made again") from error
     if not scores.index.isin([test.image_name(row) for row in range(len(test))]).all():
         raise ValueError(f"run: {run} was scored on other images than {test.name} has now")
     return scores

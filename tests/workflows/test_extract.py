@@ -317,7 +317,7 @@ def test_hidden_files_and_loops_are_passed_over(tmp_path):
         (lambda p: p.mkdir(), FileNotFoundError, r"has no image \(.*\.png.*\) in it"),
         (lambda p: p.write_text("\n\n"), FileNotFoundError, "has no path in it"),
         (lambda p: p.write_text("a.png\nb.png\na.png\n"), ValueError, "1 ids .* twice.*'a.png'"),
-        (lambda p: p.write_bytes(b"\xff\xd8\xff"), ValueError, "is no list of paths"),
+        (lambda p: p.write_bytes(b"\xff\xd8\xff\0"), ValueError, "is no list of paths"),
         (lambda p: None, FileNotFoundError, "images: no folder or file"),
     ],
 )

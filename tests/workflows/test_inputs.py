@@ -137,8 +137,8 @@ def test_embeddings_that_do_not_fit(name, content, channels, node, message, tmp_
         ("a.npy", b"not an array", r"^a\.npy: not a readable \.npy array \("),
         ("a.npy", b"PK\x03\x04 broken archive", r"^a\.npy: not a readable \.npy array \("),
         ("a.npy", np.array([{"x": 1}], dtype=object), r"^a\.npy: not a readable .* allow_pickle"),
-        ("a.parquet", b"no table", r"^a\.parquet: not a readable table \("),
-        ("a.parquet", b"", r"^a\.parquet: not a readable table \("),
+        ("a.parquet", b"no table", r"^a\.parquet is not a readable table \("),
+        ("a.parquet", b"", r"^a\.parquet is not a readable table \("),
         ("a.parquet", NESTED, r"^embeddings: expected a flat list of numbers in every row of col"),
         ("a.parquet", {"embedding": ["a", "b"]}, r"^embeddings: expected a flat list of numbers"),
     ],
@@ -327,5 +327,5 @@ def test_rankings_that_do_not_fit(table, labels, message, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"\x00\x01\xff\xfe"])
 def test_a_ranking_that_is_no_table(content, tmp_path):
-    with pytest.raises(ValueError, match=r"^r\.csv: "):
+    with pytest.raises(ValueError, match=r"^r\.csv is not a readable table"):
         read_ranking(save(tmp_path / "r.csv", content), save(tmp_path / "l.csv", LABELS), None)

@@ -12,7 +12,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emd_retrieval.retrieval.candidates import Candidates, Ids, as_ids, as_scores
+from emd_retrieval._tables import TABLES, read_table
+from emd_retrieval.retrieval.candidates import ABSENT, Candidates, Ids, as_ids, as_scores
 from emd_retrieval.retrieval.shortlists.base import check_count, check_ids_in_store
 from emd_retrieval.retrieval.store import LocalFeatureStore
 
@@ -43,21 +44,27 @@ class CandidateTable:
         self.name = name
         self._place = {query: row for row, query in enumerate(self.queries)}
         if len(self._place) < len(self.queries):
-            twice = len(self.queries) - len(self._place)
-            raise ValueError(f"queries: {twice} of {name} are there twice")
+            twice = [q for row, q in enumerate(self.queries) if self._place[q] != row]
+            raise ValueError(
+                f"queries: expected each query of {name} once, got {len(twice)} more than once, "
+                f"the first is {twice[0]!r}"
+            )
 
     def __len__(self) -> int:
         return len(self.queries)
 
     @staticmethod
-    def read(path: str | Path) -> CandidateTable:
+    def read(path: str | Path, *, ids: str | None = None) -> CandidateTable:
         """Read candidates from a file.
+
+        In a CSV ids are whole numbers where all of them are, in their plain form; else text.
 
         Args:
             path: A table, ``.parquet`` or ``.csv``: columns ``query``, ``id`` and optionally
                 ``score`` (higher is better) or ``rank``, a row a candidate. Or ``.npz`` with arrays
                 ``ids [Q, C]`` and optionally ``scores [Q, C]`` and ``queries [Q]`` (by default the
-                rows' numbers).
+                rows' numbers). An id of -1, or no text, is a place without a candidate.
+            ids: ``"string"`` takes the ids of a CSV as text even if all are numbers.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -68,14 +75,15 @@ class CandidateTable:
             raise FileNotFoundError(f"candidates: no file {str(path)!r}")
         if path.suffix == ".npz":
             return _read_arrays(path)
-        if path.suffix not in (".parquet", ".pq", ".csv"):
+        if path.suffix not in TABLES:
             raise ValueError(f"candidates: expected .parquet, .csv or .npz, got {path.name}")
         try:
-            table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"candidates: {path.name} is not a readable table ({error})"
-            ) from error
+            table = read_table(path, ("query", "id"))
+        except ValueError as error:
+            raise ValueError(f"candidates: {error}") from error
+        if path.suffix == ".csv" and ids == "string" and "id" in table:
+            # A CSV cannot say that its digits are text.
+            table["id"] = table["id"].where(table["id"].isna(), table["id"].astype(str))
         return _from_rows(table, path.name)
 
     def of(self, queries: Sequence[Any]) -> CandidateTable:
@@ -122,7 +130,7 @@ class CandidateTable:
         if ids.dtype == object:
             there: Any = sorted({name for name in ids.ravel().tolist() if name})
         else:
-            there = np.unique(ids[ids >= 0])
+            there = np.unique(ids[ids != ABSENT])
         check_ids_in_store(there, store, self.name)
 
     def describe(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
+from contextlib import suppress
 from pathlib import Path
 
 LOCK = "writer.lock"
@@ -17,7 +19,8 @@ class StoreLockedError(RuntimeError):
 # POSIX locks exclude processes only, and fork hands none on, so that decoding processes which
 # outlive a killed writer do not keep its lock. Writers of one process exclude each other here.
 _held: dict[tuple[int, int], int] = {}
-_guard = threading.Lock()
+# Re-entrant, as a writer may be collected while another lock is taken.
+_guard = threading.RLock()
 
 
 class WriterLock:
@@ -40,8 +43,9 @@ class WriterLock:
                     "writer at a time"
                 )
             time.sleep(0.05)
-        self._handle: int | None = held
-        self._key = _identity(held)
+        # A writer that is dropped without being closed lets the next one in, too.
+        self._free = weakref.finalize(self, _free, held, _identity(held), os.getpid())
+        self._free.atexit = False
 
     @staticmethod
     def _take(folder: Path) -> int | None:
@@ -59,25 +63,32 @@ class WriterLock:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()}\n".encode())
+                _held[_identity(handle)] = os.getpid()
             except BlockingIOError:
                 os.close(handle)
                 return None
-            except OSError:
+            except BaseException:
                 os.close(handle)
                 raise
-            os.ftruncate(handle, 0)
-            os.write(handle, f"{os.getpid()}\n".encode())
-            _held[_identity(handle)] = os.getpid()
         return handle
 
     def release(self) -> None:
         """Let the next writer in; again is harmless."""
-        with _guard:
-            if self._handle is not None:
-                _held.pop(self._key, None)
-                os.ftruncate(self._handle, 0)
-                os.close(self._handle)
-                self._handle = None
+        self._free()
+
+
+def _free(handle: int, key: tuple[int, int], process: int) -> None:
+    with _guard:
+        try:
+            # A forked process has a copy of the lock's holder, but not the lock.
+            if process == os.getpid():
+                _held.pop(key, None)
+                with suppress(OSError):  # the process id is for messages only
+                    os.ftruncate(handle, 0)
+        finally:
+            os.close(handle)
 
 
 def _identity(handle: int) -> tuple[int, int]:
@@ -88,8 +99,11 @@ def _identity(handle: int) -> tuple[int, int]:
 def _holder(folder: Path) -> str:
     path = folder / LOCK
     with _guard:
-        status = path.stat()
-        if _held.get((status.st_dev, status.st_ino)) == os.getpid():
-            return "another writer of this process"
-        pid = path.read_text(encoding="ascii", errors="replace").strip()
+        try:
+            status = path.stat()
+            if _held.get((status.st_dev, status.st_ino)) == os.getpid():
+                return "another writer of this process"
+            pid = path.read_text(encoding="ascii", errors="replace").strip()
+        except OSError:
+            pid = ""
     return f"process {pid}" if pid else "another process"

@@ -6,7 +6,6 @@ files count. It carries its own checksum, and no name in it can lead out of the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,12 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from emd_retrieval._checksums import SEAL, json_digest, sealed
 from emd_retrieval.retrieval.store.codecs import CODECS
 
 MANIFEST = "store.json"
 FORMAT = "emd_retrieval local features"
 VERSION = 1
 ID_KINDS = ("int64", "string")
+SHARD_ROWS = 2**22
 SHARD_NAME = re.compile(r"(part-\d{5}-of-\d{5}/)?shard-\d{6}")
 _FILE_NAME = re.compile(r"[a-z_]+(-\d+)?\.(bin|crc)")
 # What a manifest is at most: a hostile one must not fill the memory before it is refused.
@@ -82,7 +83,7 @@ class StoreManifest:
     global_channels: int | None = None
     ids: str = "int64"
     extractor: Mapping[str, Any] = field(default_factory=dict)
-    shard_rows: int = 2**20
+    shard_rows: int = SHARD_ROWS
     shards: tuple[ShardRecord, ...] = ()
     deleted: int = 0
     deleted_file: FileRecord | None = None
@@ -107,7 +108,7 @@ class StoreManifest:
     def to_json(self) -> str:
         """The manifest with its own checksum, as text."""
         body = {"format": FORMAT, **asdict(self)}
-        return json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n"
+        return json.dumps(sealed(body), indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> StoreManifest:
@@ -136,8 +137,8 @@ def read_manifest(folder: Path) -> StoreManifest:
             f"store: {folder} has format version {data.get('version')!r}; "
             f"this release reads version {VERSION}"
         )
-    body = {name: value for name, value in data.items() if name != "sha256"}
-    if data.get("sha256") != _digest(body):
+    body = {name: value for name, value in data.items() if name != SEAL}
+    if data.get(SEAL) != json_digest(body):
         raise StoreDamagedError(f"store: {path} was altered: it does not fit its checksum")
     try:
         manifest = _parse(body)
@@ -159,6 +160,9 @@ def write_manifest(folder: Path, manifest: StoreManifest) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(folder / MANIFEST)
+    except OSError as error:
+        error.filename = str(folder / MANIFEST)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(folder)
@@ -183,11 +187,6 @@ def inside(folder: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise StoreDamagedError(f"store: {path} leads out of the store's folder")
     return path
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -462,10 +462,7 @@ class ShardWriter:
         self._records.pop(index_name(self.indexed), None)
         self.indexed = self.rows
         name = index_name(self.rows)
-        with (self._folder / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(self._folder / name, data)
         self._records[name] = FileRecord(len(data), zlib.crc32(data))
 
     def record(self) -> ShardRecord:
@@ -509,10 +506,32 @@ class ShardWriter:
 
     def _write(self, name: str, data: bytes) -> None:
         view = memoryview(data)
-        while len(view):
-            view = view[self._files[name].write(view) :]
+        try:
+            while len(view):
+                view = view[self._files[name].write(view) :]
+        except OSError as error:
+            error.filename = str(self._folder / name)
+            raise
         old = self._records[name]
         self._records[name] = FileRecord(old.bytes + len(data), zlib.crc32(data, old.crc32))
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file that counts once a manifest names it; if that fails, nothing is left of it.
+
+    Raises:
+        OSError: Naming the file.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
 
 
 def crc32_of(path: Path, size: int) -> tuple[int, int]:

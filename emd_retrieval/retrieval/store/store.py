@@ -6,7 +6,6 @@ Opening reads one small file; reading touches the rows that were asked for. Writ
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from torch import Tensor
 from emd_retrieval.retrieval.store.codecs import EncodedSets, node_bytes, split, to_tensors
 from emd_retrieval.retrieval.store.lock import WriterLock
 from emd_retrieval.retrieval.store.manifest import (
+    SHARD_ROWS,
     FileRecord,
     StoreDamagedError,
     StoreManifest,
@@ -28,13 +28,24 @@ from emd_retrieval.retrieval.store.manifest import (
     read_manifest,
     write_manifest,
 )
-from emd_retrieval.retrieval.store.shard import Ids, Rows, ShardReader, crc32_of, id_keys, id_text
+from emd_retrieval.retrieval.store.shard import (
+    Ids,
+    Rows,
+    ShardReader,
+    crc32_of,
+    id_keys,
+    id_text,
+    write_synced,
+)
 
 if TYPE_CHECKING:
     from emd_retrieval.retrieval.store.writer import StoreWriter
 
 RowsLike = Tensor | NDArray[Any] | Sequence[int]
 IdsLike = Tensor | NDArray[Any] | Sequence[int] | Sequence[str]
+
+ABSENT = -1
+"""The id, and the row, of a place for which a first stage found nothing (FAISS's convention)."""
 
 _SHOWN = 5
 
@@ -108,7 +119,7 @@ class LocalFeatureStore:
         global_channels: int | None = None,
         ids: str = "int64",
         extractor: Mapping[str, Any] | None = None,
-        shard_rows: int = 2**22,
+        shard_rows: int = SHARD_ROWS,
     ) -> StoreWriter:
         """Create a store and open it for writing; one of the same settings is continued.
 
@@ -354,10 +365,7 @@ class LocalFeatureStore:
                 deleted=len(dead),
                 deleted_file=FileRecord(len(data), zlib.crc32(data)),
             )
-            with inside(self.path, manifest.deleted_name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(inside(self.path, manifest.deleted_name), data)
             write_manifest(self.path, manifest)
             if now.manifest.deleted:
                 (self.path / now.manifest.deleted_name).unlink(missing_ok=True)

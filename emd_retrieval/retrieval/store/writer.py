@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -30,7 +31,12 @@ from emd_retrieval.retrieval.store.manifest import (
     write_manifest,
 )
 from emd_retrieval.retrieval.store.shard import Ids, ShardWriter
-from emd_retrieval.retrieval.store.store import IdsLike, LocalFeatureStore, check_ids
+from emd_retrieval.retrieval.store.store import (
+    ABSENT,
+    IdsLike,
+    LocalFeatureStore,
+    check_ids,
+)
 
 Nodes = Tensor | NDArray[Any] | Sequence[Tensor] | Sequence[NDArray[Any]]
 
@@ -203,9 +209,14 @@ class StoreWriter:
         return _float32(tensor)
 
     def _check_new(self, ids: Ids) -> None:
-        values = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        values: list[Any] = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        if ABSENT in values:
+            raise ValueError(
+                f"ids: expected none to be {ABSENT}, which stands for no candidate (as in FAISS), "
+                f"got it at {values.index(ABSENT)}"
+            )
         if len(set(values)) < len(values):
-            twice = next(value for i, value in enumerate(values) if value in values[:i])
+            twice = next(value for value, count in Counter(values).items() if count > 1)
             raise ValueError(f"ids: expected each id once, got {twice!r} twice")
         stored = self.contains(ids).nonzero().flatten().tolist()
         if stored:
