@@ -113,8 +113,12 @@ def test_one_place_opens_images() -> None:
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_sixteen_bit_grey(tmp_path: Path, suffix: str) -> None:
     values = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
-    decoded = np.asarray(decode_rgb(tmp_path / f"deep.{suffix}"))
+    file = tmp_path / f"deep.{suffix}"
+    if suffix == "pgm":  # which Pillow 10 reads, but does not write
+        file.write_bytes(b"P5 3 1 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(file)
+    decoded = np.asarray(decode_rgb(file))
     assert decoded[0].tolist() == [[0] * 3, [100] * 3, [255] * 3]
 
 

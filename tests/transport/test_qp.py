@@ -288,7 +288,8 @@ def test_gradient_tends_to_the_dual_gradient(N: int, M: int) -> None:
         errors.append(error)
     assert errors[-1] < 1e-7
     assert errors[1] < 1e-3
-    assert errors == sorted(errors, reverse=True)
+    # Below 1e-12 is rounding, whose order differs from one linear algebra library to another.
+    assert [max(e, 1e-12) for e in errors] == sorted((max(e, 1e-12) for e in errors), reverse=True)
 
 
 @pytest.mark.parametrize("kind", ["equal", "integer", "duplicated nodes"])
