@@ -106,7 +106,11 @@ def _solve_by_bound(
     bound, order = (lower_bound(cost, supply, demand) / mass).sort(dim=-1, stable=True)
     # Bounds and values carry a few roundings of the largest cost each: a candidate is left out only
     # where these cannot have lifted its bound above its value.
-    slack = 16 * torch.finfo(cost.dtype).eps * cost.abs().amax((-3, -2, -1))
+    finfo = torch.finfo(cost.dtype)
+    slack = 16 * finfo.eps * cost.abs().amax((-3, -2, -1))
+    # Near the smallest numbers values are multiples of the smallest, which a small mass magnifies.
+    least = finfo.smallest_normal * finfo.eps
+    slack += sum(cost.shape[-2:]) * least * (1 + 1 / mass.amin(-1))
     distance = torch.full_like(mass, torch.inf)
     solved = torch.zeros(queries, dtype=torch.int64, device=cost.device)
     threshold = distance[:, 0]

@@ -486,7 +486,9 @@ def test_lower_bound_is_one_and_tight(dtype: torch.dtype) -> None:
             u = c.amin(2)
             formed.append((a * u).sum(1) + (b * (c - u[:, :, None]).amin(1)).sum(1))
         best = torch.maximum(*formed)
-        assert ((bound - best).abs() <= 1e-6 * (best.abs() + value.abs())).all()
+        # Weights are rounded to 2^-48 of the mass, whatever the value.
+        rounding = 1e-12 * cost.abs().amax((1, 2)) * supply.sum(1)
+        assert ((bound - best).abs() <= 1e-6 * (best.abs() + value.abs()) + rounding).all()
 
 
 def expected_top_k(problems: Problems, k: int) -> tuple[Tensor, Tensor]:

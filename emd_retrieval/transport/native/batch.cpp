@@ -224,7 +224,11 @@ Report select_top_k(const Batch<Real>& batch, const TopK<Real>& top, int64_t mos
     std::sort(by_bound.begin(), by_bound.end());
 
     // The k best so far as a heap, the worst of them in front. Distances are compared as they are
-    // returned, rounded to Real: a candidate is out for certain only above all that rounding.
+    // returned, rounded to Real: a candidate is out for certain only above all that rounding. Values
+    // near the smallest numbers are rounded to multiples of the smallest, which a small mass magnifies.
+    const Real least_mass = *std::min_element(top.mass + first, top.mass + first + top.candidates);
+    constexpr double kLeast = std::numeric_limits<Real>::denorm_min();
+    const double least_step = kLeast * (batch.suppliers + batch.demanders) * (1 + 1 / double(least_mass));
     std::vector<std::pair<Real, int64_t>> best;
     best.reserve(top.k + 1);
     double limit = kInfinity;
@@ -251,7 +255,7 @@ Report select_top_k(const Batch<Real>& batch, const TopK<Real>& top, int64_t mos
       }
       if (int64_t(best.size()) < top.k) continue;
       const double worst = best.front().first;
-      limit = worst + kDistanceError * std::abs(worst);
+      limit = worst + kDistanceError * std::abs(worst) + least_step;
     }
     std::sort_heap(best.begin(), best.end());
     for (int64_t k = 0; k < top.k; k++) {

@@ -128,14 +128,8 @@ CostRange<Real> range_of(const CostRows<Real>& costs, int rows, int columns) {
 }
 
 template <class Real>
-inline double magnitude_of(const CostRange<Real>& range) {
-  return larger(-double(range.low), double(range.high));
-}
-
-template <class Real>
-inline Outcome check_range(const CostRange<Real>& range, const Totals& totals) {
-  const double magnitude = magnitude_of(range);
-  if (!range.finite || magnitude > kMostCost<Real>) return Outcome::cost_not_finite;
+inline Outcome check_magnitude(double magnitude, const Totals& totals) {
+  if (!(magnitude <= kMostCost<Real>)) return Outcome::cost_not_finite;  // true for NaN
   if (magnitude * totals.supply > kMostValue<Real>) return Outcome::value_overflow;
   return Outcome::solved;
 }
@@ -309,9 +303,10 @@ Outcome NetworkSimplex<kRows, kColumns>::load_costs(const Problem<Real>& problem
                                                     const Totals& totals) {
   const CostRows<Real> costs = readable_rows(problem);
   const auto range = range_of<Real, kColumns>(costs, suppliers_, demanders_);
-  const Outcome outcome = check_range(range, totals);
+  if (!range.finite) return Outcome::cost_not_finite;
+  const double magnitude = larger(-double(range.low), double(range.high));
+  const Outcome outcome = check_magnitude<Real>(magnitude, totals);
   if (outcome != Outcome::solved) return outcome;
-  const double magnitude = magnitude_of(range);
   const double half_range = double(range.high) * 0.5 - double(range.low) * 0.5;
   constexpr double huge = sizeof(Real) == 4 ? 0x1p90 : 0x1p900;
   if (half_range == 0 || (half_range > 1 / huge && magnitude < huge)) {
@@ -719,8 +714,6 @@ Outcome NetworkSimplex<kRows, kColumns>::bound(const Problem<Real>& problem,
   if (outcome != Outcome::solved) return outcome;
   const int m = problem.suppliers, n = problem.demanders;
   const CostRows<Real> costs = readable_rows(problem);
-  outcome = check_range(range_of<Real, kColumns>(costs, m, n), totals);
-  if (outcome != Outcome::solved) return outcome;
   const auto cost_at = [&](int i, int k) {
     const V x = load<V>(costs.row(i) + k * lanes);
     return before<Real>(n, k * lanes) ? x : V{} + Real(kInfinity);
@@ -732,15 +725,28 @@ Outcome NetworkSimplex<kRows, kColumns>::bound(const Problem<Real>& problem,
   };
   Real row_first[kRows], row_second[kRows];
   V column_first[vectors], column_second[vectors];
+  // Without their signs, numbers are ordered as their bits are, infinity and then NaN above the others.
+  using Bits = TruthOf<Real>;
+  using OneBits = IntOf<sizeof(Real)>;
+  constexpr auto no_sign = OneBits(~uint64_t{0} >> (65 - 8 * sizeof(Real)));
+  Bits magnitudes{};
   for (int k = 0; k < vectors; k++) column_first[k] = column_second[k] = V{} + Real(kInfinity);
   for (int i = 0; i < m; i++) {
     V row[vectors];
     for (int k = 0; k < vectors; k++) {
       row[k] = cost_at(i, k);
       column_first[k] = smaller(row[k], column_first[k]);
+      const V inside = before<Real>(n, k * lanes) ? row[k] : V{};
+      magnitudes = larger(magnitudes, reinterpret_cast<Bits>(inside) & no_sign);
     }
     row_first[i] = over_row(row);
   }
+  OneBits largest = 0;
+  for (int l = 0; l < lanes; l++) largest = larger(largest, OneBits(magnitudes[l]));
+  Real largest_cost;
+  memcpy(&largest_cost, &largest, sizeof largest_cost);
+  outcome = check_magnitude<Real>(largest_cost, totals);
+  if (outcome != Outcome::solved) return outcome;
   for (int k = 0; k < vectors; k++)  // infinity less infinity would not stay out of a minimum
     column_first[k] = before<Real>(n, k * lanes) ? column_first[k] : V{};
   for (int i = 0; i < m; i++) {
@@ -755,21 +761,22 @@ Outcome NetworkSimplex<kRows, kColumns>::bound(const Problem<Real>& problem,
 
   // One side is exact, the other not negative and rounded once: take more off than that can be.
   constexpr double kKeep = 1 - (sizeof(Real) == sizeof(float) ? 0x1p-22 : 0x1p-50);
-  double rows_first = 0, columns_first = 0, magnitude = 0;
+  double rows_first = 0, columns_first = 0;
   for (int i = 0; i < m; i++) {
     const double share = problem.supply[i] / totals.supply;
     rows_first += share * row_first[i];
     columns_first += share * row_second[i] * kKeep;
-    magnitude += share * __builtin_fabs(double(row_first[i]));
   }
   for (int j = 0; j < n; j++) {
     const double share = problem.demand[j] / totals.demand;
     const double first = column_first[j / lanes][j % lanes];
     rows_first += share * column_second[j / lanes][j % lanes] * kKeep;
     columns_first += share * first;
-    magnitude += share * __builtin_fabs(first);
   }
-  bound_per_mass = larger(rows_first, columns_first) - magnitude * 0x1p-44;
+  // The value is that of weights rounded to 2^-48 of the mass each, which may be less than these give;
+  // the sums here are nearer than that.
+  const double rounding = double(largest_cost) * (m + n) * 0x1p-47;
+  bound_per_mass = larger(rows_first, columns_first) - rounding;
   return Outcome::solved;
 }
 
