@@ -273,6 +273,7 @@ def embed_collection(
     device: str | torch.device = "cpu",
     bf16: bool = False,
     workers: int = 0,
+    compiled: bool = False,
     description: str = "embedding",
 ) -> FeatureSet:
     """Nodes and pooled vectors of a collection, in the evaluation view.
@@ -286,6 +287,7 @@ def embed_collection(
         device: Where the network runs.
         bf16: Run it in bfloat16.
         workers: Decoding processes.
+        compiled: Compile a frozen trunk for the features that are still missing.
         description: Name of the progress bar.
     """
     views = model.recipe.views
@@ -298,6 +300,7 @@ def embed_collection(
             device=device,
             bf16=bf16,
             workers=workers,
+            compiled=compiled,
         )
         store = trunk.store(collection)
         return embed_store(model, store, torch.arange(len(store)), _labels(collection))

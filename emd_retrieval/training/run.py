@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,10 +81,13 @@ def train(
     cache: str | Path | None = None,
     weights: str | Path | None = None,
     accelerator: str = "cpu",
-    devices: int = 1,
+    devices: int | Sequence[int] = 1,
+    nodes: int = 1,
     strategy: str | None = None,
     workers: int | None = None,
     threads: int | None = None,
+    compiled: bool = False,
+    keep_checkpoint: bool = False,
     description: str | None = "training",
 ) -> TrainedRun:
     """Train by a recipe, or go on with a run that was killed; a finished one is loaded.
@@ -99,10 +103,16 @@ def train(
             the run's folder by default.
         weights: The backbone's file, in place of the recipe's.
         accelerator: Lightning's name of the device kind: ``"cpu"``, ``"cuda"``, ``"auto"``.
-        devices: How many of them; each is a process with its share of every batch.
+        devices: How many of them, or which; each is a process with its share of every batch.
+        nodes: How many machines; on each the same call runs with the same number of devices, and
+            Lightning finds the others by the environment (``torchrun``, SLURM, or ``MASTER_ADDR``,
+            ``MASTER_PORT`` and ``NODE_RANK``).
         strategy: Lightning's strategy; its DDP for several devices.
         workers: Decoding processes; by the machine's cores by default.
         threads: CPU threads of torch; as they are by default.
+        compiled: Compile a frozen trunk for the features that are still missing
+            (:func:`~emd_retrieval.training.compiled.compile_trunk`).
+        keep_checkpoint: Leave the last checkpoint, with the optimiser's state, in a finished run.
         description: Name of the progress bar.
 
     Raises:
@@ -116,18 +126,19 @@ def train(
     described = data.describe()
     _check_same_run(recipe, run, described)
     if (run / SUMMARY_FILE).is_file():
+        _clear(run, keep_checkpoint)  # it may have been killed just before
         return TrainedRun(run, load_model(run, weights=weights), read_summary(run))
     model = build_model(recipe, weights=weights)
     write_text(run / RECIPE_FILE, recipe.to_yaml())
     started = weights_record(model, weights)
     parts = _divide(recipe, data)
-    device = _device(accelerator)
+    device = _device(accelerator, devices)
     # Before DDP lays out its buckets: changed later, as validation would, gradients are scrambled.
     model.extractor.to(device).to(memory_format=torch.channels_last)
     folder = run.parent / "cache" if cache is None else Path(cache)
     source: _Cached | _Decoded
     if recipe.model.frozen_trunk:
-        source = _Cached.of(model, data, folder, device, workers)
+        source = _Cached.of(model, data, folder, device, workers, compiled)
     else:
         source = _Decoded(model, data, device, default_workers() if workers is None else workers)
     network = (FeatureEmbedding if recipe.model.frozen_trunk else ImageEmbedding)(model)
@@ -146,7 +157,7 @@ def train(
     )
     began = time.monotonic()
     trainer = _fit(
-        task, batches, monitor, run, accelerator, devices, strategy, threads, description
+        task, batches, monitor, run, accelerator, devices, nodes, strategy, threads, description
     )
     if trainer.is_global_zero:
         if monitor.best is not None:
@@ -168,9 +179,16 @@ def train(
                 "versions": package_versions(),
             },
         )
-        (run / BEST_FILE).unlink(missing_ok=True)
+        _clear(run, keep_checkpoint)
     trainer.strategy.barrier()
     return TrainedRun(run, load_model(run, weights=weights), read_summary(run))
+
+
+def _clear(run: Path, keep_checkpoint: bool) -> None:
+    """Remove what a finished run does not need: it is loaded, never gone on with."""
+    (run / BEST_FILE).unlink(missing_ok=True)
+    if not keep_checkpoint:
+        (run / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def _check_same_run(recipe: Recipe, run: Path, data: dict[str, Any]) -> None:
@@ -252,6 +270,7 @@ class _Cached:
         folder: Path,
         device: torch.device,
         workers: int | None,
+        compiled: bool,
     ) -> _Cached:
         cache = TrunkCache(
             folder=folder,
@@ -260,6 +279,7 @@ class _Cached:
             device=device,
             bf16=model.recipe.optimization.bf16,
             workers=workers,
+            compiled=compiled,
         )
         return cls(model, cache, data)
 
@@ -378,7 +398,8 @@ def _fit(
     monitor: Monitor,
     run: Path,
     accelerator: str,
-    devices: int,
+    devices: int | Sequence[int],
+    nodes: int,
     strategy: str | None,
     threads: int | None,
     description: str | None,
@@ -386,7 +407,8 @@ def _fit(
     settings = task.settings
     checkpoint = run / CHECKPOINT_FILE
     if strategy is None:
-        strategy = "ddp" if devices > 1 else "auto"
+        count = devices if isinstance(devices, int) else len(devices)
+        strategy = "ddp" if count * nodes > 1 else "auto"
     callbacks: list[Any] = [monitor]
     if description is not None:
         callbacks.append(StepProgress(description, settings.steps))
@@ -397,7 +419,8 @@ def _fit(
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=settings.gradient_clip,
             accelerator=accelerator,
-            devices=devices,
+            devices=devices if isinstance(devices, int) else list(devices),
+            num_nodes=nodes,
             strategy=strategy,
             precision="bf16-mixed" if settings.bf16 else "32-true",
             use_distributed_sampler=False,
@@ -418,13 +441,14 @@ def _fit(
     return trainer
 
 
-def _device(accelerator: str) -> torch.device:
+def _device(accelerator: str, devices: int | Sequence[int]) -> torch.device:
+    """Where features are made before the processes of several devices start."""
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator in ("gpu", "cuda"):
         if not torch.cuda.is_available():
             raise ValueError("accelerator: this machine has no CUDA device; expected 'cpu'")
-        return torch.device("cuda")
+        return torch.device("cuda", 0 if isinstance(devices, int) else devices[0])
     return torch.device(accelerator)
 
 

@@ -38,9 +38,11 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, cache):
-    def start(name="run", **changes):
-        recipe = small_recipe(**changes)
-        return train(recipe, tmp_path / name, data=small_birds(), cache=cache, workers=0)
+    def start(name="run", keep_checkpoint=False, **changes):
+        return train(
+            small_recipe(**changes), tmp_path / name, data=small_birds(), cache=cache, workers=0,
+            keep_checkpoint=keep_checkpoint,
+        )  # fmt: skip
 
     return start
 
@@ -85,14 +87,14 @@ def rows_of(path):
     ids=["cached sets, accumulated", "cached raw, proxies", "fine-tuned"],
 )
 def test_a_killed_run_ends_in_the_same_numbers(changes, run, monkeypatch, tmp_path):
-    whole = run("whole", **changes)
+    whole = run("whole", **changes, keep_checkpoint=True)
     kill = 8 if "model__frozen_trunk" in changes else 10
     with monkeypatch.context() as patch:
         kill_at(kill, patch)
         with pytest.raises(Killed):
             run("killed", **changes)
     assert not (tmp_path / "killed" / "run.json").exists()
-    resumed = run("killed", **changes)
+    resumed = run("killed", **changes, keep_checkpoint=True)
     one, other = (state_of(path) for path in (whole.path, resumed.path))
     assert one["state_dict"].keys() == other["state_dict"].keys()
     for name, value in one["state_dict"].items():
@@ -160,7 +162,7 @@ def test_the_logged_loss_is_that_of_a_batch_however_many_make_a_step(run):
 
 
 def test_fine_tuning_moves_the_trunk_and_keeps_batch_norms(run):
-    found = run(**FINE_TUNED)
+    found = run(**FINE_TUNED, keep_checkpoint=True)
     before = build_model(small_recipe(**FINE_TUNED)).extractor
     after = found.model.extractor
     norms = {
@@ -381,7 +383,8 @@ from training.recipes import small_birds, small_recipe
 changes = {changes!r}
 if __name__ == "__main__":
     run, cache = map(Path, sys.argv[1:])
-    train(small_recipe(**changes), run, data=small_birds(), cache=cache, devices=2, workers=0)
+    train(small_recipe(**changes), run, data=small_birds(), cache=cache, devices=2, workers=0,
+          keep_checkpoint=True)
 """
 
 
@@ -404,7 +407,7 @@ SHORT = {
 )
 def test_two_processes_are_one(changes, run, tmp_path, cache):
     """Losses, validation and weights: pairs across processes count, and gradients are not off."""
-    alone = run("alone", **changes)
+    alone = run("alone", **changes, keep_checkpoint=True)
     script = tmp_path / "script.py"
     script.write_text(_TWO_PROCESSES.format(changes=changes))
     done = subprocess.run(
