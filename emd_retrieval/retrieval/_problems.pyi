@@ -42,6 +42,24 @@ def write_problems_from_files(
     threads: int,
     instruction_set: str | None,
 ) -> bool: ...
+def nearest_from_files(
+    queries: _Floats,
+    files: _Integers,
+    offsets: _Integers,
+    codec: str,
+    nodes: int,
+    rows: _Integers,
+    shifts: _Floats | None,
+    uniform: bool,
+    floor: float,
+    relative_floor: bool,
+    absent_cost: float,
+    distance: _Floats,
+    index: _Integers,
+    solved: _Integers,
+    most_pivots: int,
+    threads: int,
+) -> bool: ...
 def read_rows(
     file: int,
     starts: _Integers,

@@ -108,12 +108,17 @@ def rows_of(store: LocalFeatureStore, ids: Ids) -> NDArray[np.int64]:
         ValueError: If ids are not in the store, or a query has one twice.
     """
     there = ids != ABSENT if ids.dtype != object else _is_there(ids)
-    wanted = ids[there]
-    rows = np.full(ids.shape, ABSENT, np.int64)
-    if len(wanted) or ids.dtype != object:
-        rows[there] = store.rows_of(wanted).numpy()
+    if there.all():
+        rows = store.rows_of(ids.ravel()).numpy().reshape(ids.shape)
+    else:
+        wanted = ids[there]
+        rows = np.full(ids.shape, ABSENT, np.int64)
+        if len(wanted) or ids.dtype != object:
+            rows[there] = store.rows_of(wanted).numpy()
     in_order = np.sort(rows, axis=1)
-    twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != ABSENT)
+    twice = in_order[:, 1:] == in_order[:, :-1]
+    if twice.any():
+        twice &= in_order[:, 1:] != ABSENT
     if twice.any():
         query, place = np.argwhere(twice)[0]
         name = ids_of(store, in_order[query, place : place + 1]).tolist()[0]

@@ -20,8 +20,11 @@ from emd_retrieval.matching import (
     node_weights,
     normalize_weights,
 )
+from emd_retrieval.retrieval import _problems
 from emd_retrieval.retrieval.candidates import ABSENT
 from emd_retrieval.retrieval.store import EncodedSets, LocalFeatureStore
+from emd_retrieval.retrieval.store.store import SetPlaces
+from emd_retrieval.transport.simplex import MAX_NODES, MOST_PIVOTS
 
 _PLAIN_WEIGHTS = ("cross_reference", "uniform")
 _CANNOT_BE_CHOSEN = 4.0
@@ -41,6 +44,21 @@ class Problems:
     cost: Tensor
     stored_weights: Tensor
     query_weights: Tensor
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest candidates of each query, nearest first; equal ones in the candidates' order.
+
+    Attributes:
+        distance: Value divided by mass, shifts included. Shape: ``[Q, k]``.
+        index: Their places among the candidates. Shape: ``[Q, k]``.
+        solved: How many problems of each query were solved to the end. Shape: ``[Q]``.
+    """
+
+    distance: NDArray[np.float32]
+    index: NDArray[np.int64]
+    solved: NDArray[np.int64]
 
 
 def has_problems(matcher: EMDMatcher) -> bool:
@@ -103,8 +121,86 @@ def build_problems_from_files(
         ``None`` if the store has to look at the sets itself: where N varies, a set was not held
         against its checksum yet, or cannot be read (the store tells which).
     """
-    from emd_retrieval.retrieval import _problems
+    found = _places(store, rows)
+    if found is None:
+        return None
+    places, local = found
+    (q, c), n, m = rows.shape, queries.shape[1], store.manifest.nodes or 0
+    problems = Problems(torch.empty(q, c, m, n), torch.empty(q, c, m), torch.empty(q, c, n))
+    whole = _problems.write_problems_from_files(
+        queries.contiguous().numpy(),
+        places.files,
+        places.offsets,
+        store.manifest.codec,
+        local,
+        *_settings(matcher, shifts),
+        *_arrays(problems),
+        torch.get_num_threads(),
+        None,
+    )
+    return problems if whole else None
 
+
+def nearest_from_files(
+    matcher: EMDMatcher,
+    queries: Tensor,
+    store: LocalFeatureStore,
+    rows: NDArray[np.int64],
+    shifts: NDArray[np.float32] | None,
+    k: int,
+) -> Nearest | None:
+    """The ``k`` nearest candidates of each query, from the store's files to the answer in one call.
+
+    Problems are those of :func:`build_problems_from_files`, solved as
+    :func:`emd_retrieval.transport.solve_top_k` does, a query at a time. A distance is a problem's
+    value divided by its mass; sums in float64 of weights above ``2^-29`` of their total do not
+    depend on their order.
+
+    Args:
+        matcher: Whose problems; :func:`is_native` holds, and it solves by the simplex.
+        queries: On the CPU. Shape: ``[Q, N, D]``, float32.
+        store: Of the candidates.
+        rows: As in :func:`build_problems_from_files`.
+        shifts: As in :func:`build_problems`.
+        k: From 1 to C.
+
+    Returns:
+        ``None`` where :func:`build_problems_from_files` gives none, where a side has more nodes
+        than the native solver takes, or a problem has a fault, which the solver can tell.
+    """
+    n, m = queries.shape[1], store.manifest.nodes or 0
+    if max(n, m) > MAX_NODES:
+        return None
+    found = _places(store, rows)
+    if found is None:
+        return None
+    places, local = found
+    nearest = Nearest(
+        np.empty((len(rows), k), np.float32),
+        np.empty((len(rows), k), np.int64),
+        np.empty(len(rows), np.int64),
+    )
+    whole = _problems.nearest_from_files(
+        queries.contiguous().numpy(),
+        places.files,
+        places.offsets,
+        store.manifest.codec,
+        m,
+        local,
+        *_settings(matcher, shifts),
+        nearest.distance,
+        nearest.index,
+        nearest.solved,
+        MOST_PIVOTS,
+        torch.get_num_threads(),
+    )
+    return nearest if whole else None
+
+
+def _places(
+    store: LocalFeatureStore, rows: NDArray[np.int64]
+) -> tuple[SetPlaces, NDArray[np.int64]] | None:
+    """Where the candidates that are there lie, and which of these each candidate is."""
     flat = rows.reshape(-1)
     if len(flat) and flat.min() < 0:
         there = np.flatnonzero(flat != ABSENT)
@@ -114,22 +210,7 @@ def build_problems_from_files(
     else:
         local = np.arange(len(flat))
     places = store.places(flat)
-    if places is None:
-        return None
-    (q, c), n, m = rows.shape, queries.shape[1], store.manifest.nodes or 0
-    problems = Problems(torch.empty(q, c, m, n), torch.empty(q, c, m), torch.empty(q, c, n))
-    whole = _problems.write_problems_from_files(
-        queries.contiguous().numpy(),
-        places.files,
-        places.offsets,
-        store.manifest.codec,
-        local.reshape(rows.shape),
-        *_settings(matcher, shifts),
-        *_arrays(problems),
-        torch.get_num_threads(),
-        None,
-    )
-    return problems if whole else None
+    return None if places is None else (places, local.reshape(rows.shape))
 
 
 def _native_problems(
@@ -140,8 +221,6 @@ def _native_problems(
     shifts: NDArray[np.float32] | None,
     instruction_set: str | None,
 ) -> Problems:
-    from emd_retrieval.retrieval import _problems
-
     (q, c), n, m = rows.shape, queries.shape[1], stored.codes.shape[1]
     counts = stored.counts.numpy()
     padded = bool((counts != m).any())

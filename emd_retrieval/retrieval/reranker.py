@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emd_retrieval._checks import check_finite, check_positive, check_tensor
+from emd_retrieval._checks import check_positive, check_tensor
 from emd_retrieval.features.packing import unpack
 from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.progress import progress
@@ -26,17 +25,17 @@ from emd_retrieval.retrieval.candidates import (
     rows_of,
 )
 from emd_retrieval.retrieval.problems import (
+    Nearest,
     Problems,
     build_problems,
     build_problems_from_files,
     decoded,
     has_problems,
     is_native,
+    nearest_from_files,
 )
 from emd_retrieval.retrieval.store import LocalFeatureStore
 from emd_retrieval.transport import solve, solve_top_k
-from emd_retrieval.transport.simplex import simplex_top_k
-from emd_retrieval.transport.solve import runs_natively
 
 _EXACT_SOLVERS = ("simplex", "pot")
 
@@ -222,10 +221,7 @@ class EMDReranker:
         channels = self.store.manifest.channels
         if isinstance(features, Tensor) and features.ndim == 2:
             features = unpack(features, channels, name="query_features")
-        check_tensor("query_features", features, ["Q", "N", channels])
-        # Where the sum is finite every value is; the full check takes far longer on a single query.
-        if not math.isfinite(float(features.sum())):
-            check_finite("query_features", features)
+        check_tensor("query_features", features, ["Q", "N", channels], finite=True)
         if features.shape[1] == 0:
             raise ValueError("query_features: expected at least one node a set, got none")
         return features.detach().float().to(self.device)
@@ -272,9 +268,9 @@ class EMDReranker:
             shifts = (-(1 - alpha) / alpha * extra).astype(np.float32)
         exact = has_problems(self.matcher) and self.matcher.solver in _EXACT_SOLVERS
         if self.prune and exact and alpha > 0 and pairs:
-            problems = self._problems(queries, rows, shifts)
-            places, distance, solved = _nearest(problems, k, self.matcher.solver)
-            pairs = min(pairs, solved)
+            nearest = self._nearest(queries, rows, shifts, k)
+            places, distance = nearest.index, nearest.distance
+            pairs = min(pairs, int(nearest.solved.sum()))
         else:
             every = self._distances(queries, rows, shifts)
             order = every if alpha > 0 or extra is None else -extra
@@ -305,6 +301,19 @@ class EMDReranker:
                 return problems
         stored, local = self._read(rows)
         return build_problems(self.matcher, queries, stored, local, shifts)
+
+    def _nearest(
+        self, queries: Tensor, rows: NDArray[np.int64], shifts: Floats | None, k: int
+    ) -> Nearest:
+        solver = self.matcher.solver
+        if solver == "simplex" and is_native(self.matcher, queries.device):
+            nearest = nearest_from_files(self.matcher, queries, self.store, rows, shifts, k)
+            if nearest is not None:
+                return nearest
+        problems = self._problems(queries, rows, shifts)
+        parts = problems.cost, problems.stored_weights, problems.query_weights
+        top = solve_top_k(*parts, k, solver=solver)
+        return Nearest(*(part.cpu().numpy() for part in (top.distance, top.index, top.solved)))
 
     def _solve_all(self, problems: Problems) -> Floats:
         plan = solve(
@@ -360,18 +369,6 @@ class EMDReranker:
             flow = match.flow.cpu().numpy()
             flows[query, place, : flow.shape[0], : flow.shape[1]] = flow
         return flows
-
-
-def _nearest(problems: Problems, k: int, solver: str) -> tuple[NDArray[np.int64], Floats, int]:
-    """Places and distances of the nearest k, and how many problems were solved for it."""
-    parts = problems.cost, problems.stored_weights, problems.query_weights
-    if runs_natively(solver, problems.cost) and problems.cost.numel():
-        # The problems were made here: checking them again would take as long as solving them.
-        distance, index, solved = simplex_top_k(*parts, k)
-    else:
-        top = solve_top_k(*parts, k, solver=solver)
-        distance, index, solved = top.distance, top.index, top.solved
-    return index.cpu().numpy(), distance.cpu().numpy(), int(solved.sum())
 
 
 def _at(array: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:

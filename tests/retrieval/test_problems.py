@@ -20,7 +20,9 @@ from emd_retrieval.retrieval.problems import (
     build_problems,
     build_problems_from_files,
     is_native,
+    nearest_from_files,
 )
+from emd_retrieval.transport import solve_top_k
 
 CPU = torch.device("cpu")
 
@@ -147,6 +149,48 @@ def test_problems_from_files_are_those_from_memory(tmp_path, generator, codec):
         assert torch.equal(read.cost, known.cost)
         assert torch.equal(read.stored_weights, known.stored_weights)
         assert torch.equal(read.query_weights, known.query_weights)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("query_count", [1, 5])
+@pytest.mark.parametrize("codec", ["float32", "float16", "int8"])
+def test_the_nearest_from_files_are_those_of_the_solver(
+    tmp_path, generator, codec, query_count, threads
+):
+    store = store_of(tmp_path, structured_sets(40, 14, 64, generator), codec)
+    store.nodes()
+    queries = structured_sets(query_count, 25, 64, generator)
+    orders = [torch.randperm(40, generator=generator) for _ in range(query_count)]
+    rows = torch.stack(orders).numpy()
+    rows[0, [3, 8]] = -1
+    shifts = torch.randn(rows.shape, generator=generator).mul(0.1).numpy()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shift in (None, shifts):
+            found = nearest_from_files(EMDMatcher(), queries, store, rows, shift, 7)
+            problems = build_problems_from_files(EMDMatcher(), queries, store, rows, shift)
+            known = solve_top_k(problems.cost, problems.stored_weights, problems.query_weights, 7)
+            assert (found.index == known.index.numpy()).all()
+            assert (found.distance == known.distance.numpy()).all()
+            assert (found.solved == known.solved.numpy()).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_the_native_search_cannot_answer_is_left_to_others(tmp_path, generator):
+    sets = structured_sets(3, 4, 8, generator)
+    store = store_of(tmp_path / "few", sets)
+    rows = np.array([[0, 1, 2]])
+    ask = (EMDMatcher(), sets[:1], store, rows)
+    assert nearest_from_files(*ask, None, 2) is None, "not held against checksums yet"
+    store.nodes()
+    assert nearest_from_files(*ask, None, 2) is not None
+    broken = np.full((1, 3), np.nan, np.float32)
+    assert nearest_from_files(*ask, broken, 2) is None, "a fault, which the solver names"
+    many = store_of(tmp_path / "many", structured_sets(3, 65, 8, generator))
+    many.nodes()
+    assert nearest_from_files(EMDMatcher(), sets[:1], many, rows, None, 2) is None
 
 
 def test_sets_of_varying_size_are_left_to_the_store(tmp_path, generator):

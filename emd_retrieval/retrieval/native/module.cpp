@@ -7,21 +7,17 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-#include <atomic>
-#include <exception>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "files.hpp"
+#include "nearest.hpp"
 #include "problems.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 
@@ -65,51 +61,6 @@ void require(bool holds, const char* words) {
   if (!holds) throw std::invalid_argument(words);
 }
 
-class Workspace {
- public:
-  explicit Workspace(int64_t floats)
-      : memory_{static_cast<float*>(::operator new(floats * sizeof(float), kAlignment))} {}
-  ~Workspace() { ::operator delete(memory_, kAlignment); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  float* get() const { return memory_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  float* memory_;
-};
-
-constexpr double kThreadWorth = 50e3;  // nanoseconds of work that pay for starting a thread
-
-// Calls work(from, to) for parts of 0..count - 1, each on a thread of its own where that pays.
-template <class Work>
-void in_parts(int64_t count, double nanoseconds, int threads, const Work& work) {
-  const int64_t parts =
-      std::max<int64_t>(1, int64_t(std::min({double(threads), nanoseconds / kThreadWorth, double(count)})));
-  std::exception_ptr failure;
-  std::mutex failure_lock;
-  const auto take = [&](int64_t part) {
-    try {
-      work(count * part / parts, count * (part + 1) / parts);
-    } catch (...) {
-      const std::lock_guard<std::mutex> hold(failure_lock);
-      failure = std::current_exception();
-    }
-  };
-  std::vector<std::thread> helpers;
-  helpers.reserve(parts);
-  int64_t started = 1;
-  try {
-    for (; started < parts; started++) helpers.emplace_back(take, started);
-  } catch (const std::system_error&) {
-    // The system has no more threads to give: this one does their parts.
-    for (int64_t part = started; part < parts; part++) take(part);
-  }
-  take(0);
-  for (std::thread& helper : helpers) helper.join();
-  if (failure) std::rethrow_exception(failure);
-}
-
 Codec codec_of(const nb::dlpack::dtype& type) {
   if (type == nb::dtype<float>()) return Codec::float32;
   if (type == nb::dtype<int8_t>()) return Codec::int8;
@@ -137,54 +88,58 @@ struct Query {
   Array<const int64_t, 2> rows;
   OptionalArray<const float, 2> shifts;
   Settings settings;
-  Array<float, 4> cost;
-  Array<float, 3> stored_weights, query_weights;
-  int threads;
 };
 
-bool write(const Query& query, const Sets& sets, int64_t count, const std::optional<std::string>& instruction_set) {
-  const size_t nodes = sets.format.nodes, channels = sets.format.channels;
-  const size_t query_count = query.rows.shape(0), candidates = query.rows.shape(1);
-  const size_t query_nodes = query.queries.shape(1);
-  const auto& [queries, rows, shifts, settings, cost, stored_weights, query_weights, threads] = query;
-  require(nodes > 0 && query_nodes > 0 && channels > 0, "codes, queries: expected nodes and channels");
-  require(queries.shape(0) == query_count && queries.shape(2) == channels,
+// The task, with no place for its problems yet. `count` sets are there.
+Task task_of(const Query& query, const Sets& sets, int64_t count) {
+  const auto& [queries, rows, shifts, settings] = query;
+  const size_t channels = sets.format.channels;
+  require(sets.format.nodes > 0 && queries.shape(1) > 0 && channels > 0, "codes, queries: expected nodes and channels");
+  require(queries.shape(0) == rows.shape(0) && queries.shape(2) == channels,
           "queries: expected one a row of rows, and the channels of codes");
-  require(!shifts || (shifts->shape(0) == query_count && shifts->shape(1) == candidates),
+  require(!shifts || (shifts->shape(0) == rows.shape(0) && shifts->shape(1) == rows.shape(1)),
           "shifts: expected the shape of rows");
-  require(cost.shape(0) == query_count && cost.shape(1) == candidates && cost.shape(2) == nodes &&
+  for (size_t pair = 0; pair < rows.size(); pair++)
+    require(rows.data()[pair] >= -1 && rows.data()[pair] < count, "rows: expected rows of codes, or -1");
+  return {sets,
+          settings,
+          queries.data(),
+          rows.data(),
+          shifts ? shifts->data() : nullptr,
+          int64_t(queries.shape(1)),
+          int64_t(rows.shape(1)),
+          nullptr,
+          nullptr,
+          nullptr};
+}
+
+// Where problems go.
+struct Problems {
+  Array<float, 4> cost;
+  Array<float, 3> stored_weights, query_weights;
+};
+
+bool write(Task task, int64_t queries, const Problems& problems, int threads,
+           const std::optional<std::string>& instruction_set) {
+  const auto& [cost, stored_weights, query_weights] = problems;
+  const size_t count = queries, candidates = task.candidates;
+  const size_t nodes = task.sets.format.nodes, query_nodes = task.query_nodes;
+  require(cost.shape(0) == count && cost.shape(1) == candidates && cost.shape(2) == nodes &&
               cost.shape(3) == query_nodes,
           "cost: wrong shape");
-  require(stored_weights.shape(0) == query_count && stored_weights.shape(1) == candidates &&
+  require(stored_weights.shape(0) == count && stored_weights.shape(1) == candidates &&
               stored_weights.shape(2) == nodes,
           "stored_weights: wrong shape");
-  require(query_weights.shape(0) == query_count && query_weights.shape(1) == candidates &&
+  require(query_weights.shape(0) == count && query_weights.shape(1) == candidates &&
               query_weights.shape(2) == query_nodes,
           "query_weights: wrong shape");
-  const int64_t pairs = int64_t(query_count * candidates);
-  for (int64_t pair = 0; pair < pairs; pair++)
-    require(rows.data()[pair] >= -1 && rows.data()[pair] < count, "rows: expected rows of codes, or -1");
-  const Task task{sets,
-                  settings,
-                  queries.data(),
-                  rows.data(),
-                  shifts ? shifts->data() : nullptr,
-                  int64_t(query_nodes),
-                  int64_t(candidates),
-                  cost.data(),
-                  stored_weights.data(),
-                  query_weights.data()};
+  task.cost = cost.data();
+  task.stored_weights = stored_weights.data();
+  task.query_weights = query_weights.data();
   const Kernel& kernel = kernel_named(instruction_set);
-  if (pairs == 0) return true;
+  if (cost.size() == 0) return true;
   const nb::gil_scoped_release release;
-  const double area = double(nodes) * query_nodes * channels;
-  std::atomic<bool> whole{true};
-  in_parts(pairs, pairs * (300 + area / 40), threads, [&](int64_t from, int64_t to) {
-    // The query lies in front; registers that crossed its cache lines would take twice the time.
-    const Workspace workspace(workspace_floats(task));
-    if (!kernel.write(task, from, to, workspace.get())) whole = false;
-  });
-  return whole;
+  return write_all(task, queries, kernel, threads);
 }
 
 void write_problems(const Array<const float, 3>& queries, const nb::ndarray<nb::ndim<3>, nb::c_contig, nb::ro>& codes,
@@ -210,7 +165,23 @@ void write_problems(const Array<const float, 3>& queries, const nb::ndarray<nb::
                   nullptr,
                   nullptr};
   const Settings settings{uniform, floor, relative_floor, absent_cost};
-  write({queries, rows, shifts, settings, cost, stored_weights, query_weights, threads}, sets, count, instruction_set);
+  write(task_of({queries, rows, shifts, settings}, sets, count), queries.shape(0),
+        {cost, stored_weights, query_weights}, threads, instruction_set);
+}
+
+// Sets of a store's open files, one at each offset.
+Sets sets_in(const Array<const int64_t, 1>& files, const Array<const int64_t, 1>& offsets,
+             const std::string& codec_name, int64_t nodes, int64_t channels) {
+  require(offsets.shape(0) == files.shape(0), "offsets: expected one a file");
+  const Codec codec = codec_named(codec_name);
+  const int64_t codes_at = codec == Codec::int8 ? int64_t(sizeof(float)) : 0;
+  return {{codec, nodes, channels, codes_at + channels * code_bytes(codec), codes_at},
+          nullptr,
+          nullptr,
+          nullptr,
+          files.data(),
+          offsets.data(),
+          read_set};
 }
 
 bool write_problems_from_files(const Array<const float, 3>& queries, const Array<const int64_t, 1>& files,
@@ -220,20 +191,33 @@ bool write_problems_from_files(const Array<const float, 3>& queries, const Array
                                const Array<float, 4>& cost, const Array<float, 3>& stored_weights,
                                const Array<float, 3>& query_weights, int threads,
                                const std::optional<std::string>& instruction_set) {
-  const int64_t count = files.shape(0), nodes = cost.shape(2), channels = queries.shape(2);
-  require(int64_t(offsets.shape(0)) == count, "offsets: expected one a file");
-  const Codec codec = codec_named(codec_name);
-  const int64_t codes_at = codec == Codec::int8 ? int64_t(sizeof(float)) : 0;
-  const Sets sets{{codec, nodes, channels, codes_at + channels * code_bytes(codec), codes_at},
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  files.data(),
-                  offsets.data(),
-                  read_set};
+  const Sets sets = sets_in(files, offsets, codec_name, cost.shape(2), queries.shape(2));
   const Settings settings{uniform, floor, relative_floor, absent_cost};
-  return write({queries, rows, shifts, settings, cost, stored_weights, query_weights, threads}, sets, count,
-               instruction_set);
+  return write(task_of({queries, rows, shifts, settings}, sets, files.shape(0)), queries.shape(0),
+               {cost, stored_weights, query_weights}, threads, instruction_set);
+}
+
+bool nearest_from_files(const Array<const float, 3>& queries, const Array<const int64_t, 1>& files,
+                        const Array<const int64_t, 1>& offsets, const std::string& codec_name, int64_t nodes,
+                        const Array<const int64_t, 2>& rows, const OptionalArray<const float, 2>& shifts,
+                        bool uniform, float floor, bool relative_floor, float absent_cost,
+                        const Array<float, 2>& distance, const Array<int64_t, 2>& index,
+                        const Array<int64_t, 1>& solved, int64_t most_pivots, int threads) {
+  const Sets sets = sets_in(files, offsets, codec_name, nodes, queries.shape(2));
+  const Settings settings{uniform, floor, relative_floor, absent_cost};
+  const Task task = task_of({queries, rows, shifts, settings}, sets, files.shape(0));
+  require(nodes <= emd::kMaxNodes && task.query_nodes <= emd::kMaxNodes, "nodes, queries: expected 64 nodes at most");
+  const size_t count = queries.shape(0), k = index.shape(1);
+  require(k >= 1 && k <= rows.shape(1), "index: expected 1 to candidates places a query");
+  require(index.shape(0) == count && distance.shape(0) == count && distance.shape(1) == k &&
+              solved.shape(0) == count,
+          "distance, index, solved: wrong shape");
+  const auto solvers = emd::runnable_kernels();
+  if (solvers.empty()) throw std::runtime_error("this CPU lacks SSE4.2, which re-ranking needs");
+  const Nearest nearest{int64_t(k), distance.data(), index.data(), solved.data()};
+  const Means means{kernel_named({}), *solvers.front(), most_pivots, threads};
+  const nb::gil_scoped_release release;
+  return find_nearest(task, count, nearest, means);
 }
 
 std::pair<int64_t, int> read_rows_of(int64_t file, const Array<const int64_t, 1>& starts,
@@ -252,8 +236,9 @@ std::pair<int64_t, int> read_rows_of(int64_t file, const Array<const int64_t, 1>
   std::mutex first_lock;
   {
     const nb::gil_scoped_release release;
-    in_parts(count, count * (500 + width / 8.0), threads, [&](int64_t from, int64_t end) {
-      const ReadFailure failure = read_rows(read, from, end);
+    const int64_t parts = threads_for(count * (500 + width / 8.0), threads);
+    on_threads(int(parts), [&](int part) {
+      const ReadFailure failure = read_rows(read, count * part / parts, count * (part + 1) / parts);
       const std::lock_guard<std::mutex> hold(first_lock);
       if (failure.row >= 0 && (first.row < 0 || failure.row < first.row)) first = failure;
     });
@@ -283,6 +268,10 @@ NB_MODULE(_problems, module) {
              nb::arg("floor"), nb::arg("relative_floor"), nb::arg("absent_cost"), in_place("cost"),
              in_place("stored_weights"), in_place("query_weights"), nb::arg("threads"),
              nb::arg("instruction_set").none());
+  module.def("nearest_from_files", nearest_from_files, in_place("queries"), in_place("files"), in_place("offsets"),
+             nb::arg("codec"), nb::arg("nodes"), in_place("rows"), in_place("shifts").none(), nb::arg("uniform"),
+             nb::arg("floor"), nb::arg("relative_floor"), nb::arg("absent_cost"), in_place("distance"),
+             in_place("index"), in_place("solved"), nb::arg("most_pivots"), nb::arg("threads"));
   module.def("read_rows", read_rows_of, nb::arg("file"), in_place("starts"), in_place("lengths").none(),
              in_place("to"), nb::arg("threads"));
 }

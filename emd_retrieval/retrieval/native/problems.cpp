@@ -23,6 +23,7 @@ constexpr int64_t kLanes = EMD_LANES;
 typedef float Floats __attribute__((vector_size(4 * EMD_LANES)));
 
 constexpr int64_t kRows = 6;      // stored nodes of a block,
+constexpr int64_t kTurn = 8;  // pairs between two looks at the shared counter
 constexpr int64_t kVectors = 2;   // and vectors of query nodes: twelve sums fit into 16 registers
 constexpr float kLeastNorm = 1e-12f;      // as torch.nn.functional.normalize
 constexpr float kLeastWeight = 1.17549435e-38f * 1e6f;  // as matching.normalize_weights
@@ -272,17 +273,20 @@ class Writer {
   uint8_t* encoded_;  // a set as its file has it
 };
 
-bool write(const Task& task, int64_t from, int64_t to, float* workspace) {
+bool write(const Task& task, int64_t* next, int64_t end, float* workspace) {
   Writer writer(task, workspace);
   int64_t query = -1;
-  for (int64_t pair = from; pair < to; pair++) {
-    if (pair / task.candidates != query) {
-      query = pair / task.candidates;
-      writer.take_query(query);
+  for (;;) {
+    const int64_t from = __atomic_fetch_add(next, kTurn, __ATOMIC_RELAXED);
+    if (from >= end) return true;
+    for (int64_t pair = from; pair < end && pair < from + kTurn; pair++) {
+      if (pair / task.candidates != query) {
+        query = pair / task.candidates;
+        writer.take_query(query);
+      }
+      if (!writer.write(pair)) return false;
     }
-    if (!writer.write(pair)) return false;
   }
-  return true;
 }
 
 }  // namespace

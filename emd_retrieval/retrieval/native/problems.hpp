@@ -62,8 +62,9 @@ inline int64_t workspace_floats(const Task& task) {
 
 struct Kernel {
   const char* instruction_set;
-  // Writes the pairs from..to - 1 of the task's [queries, candidates]; false if a set cannot be read.
-  bool (*write)(const Task& task, int64_t from, int64_t to, float* workspace);
+  // Writes pairs of the task's [queries, candidates] up to end - 1; false if a set cannot be read. Which
+  // ones is taken from a counter that several threads may share.
+  bool (*write)(const Task& task, int64_t* next, int64_t end, float* workspace);
 };
 
 #ifdef EMD_X86_KERNELS
