@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from scipy.optimize import linprog
 from torch import Tensor
 
 from emd_retrieval.transport import TransportPlan, available_solvers
 
 Problem = tuple[Tensor, Tensor, Tensor]
+
+# Fixtures of solvers and of problem makers hold no state, so sharing them among examples is sound.
+_SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+settings.register_profile("ci", max_examples=40, derandomize=True, database=None, **_SHARED)
+settings.register_profile("deep", max_examples=2000, **_SHARED)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 EXACT_SOLVERS = ("simplex", "pot")
 WEIGHT_KINDS = ("relu", "equal", "integer", "zeros", "one_hot", "lognormal")
