@@ -89,7 +89,7 @@ def test_no_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (programs / "gs").write_text(f"#!/bin/sh\ntouch '{marker}'\nexit 0\n")
     (programs / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None, raising=False)
     file = odd_images.write(tmp_path, "postscript.jpg")
     with pytest.raises(UnreadableImageError, match="not an image"):
         decode_rgb(file)
