@@ -137,7 +137,8 @@ Written write(const Kernel& kernel, Task task, int64_t pairs, int64_t split) {
   for (const auto& [from, end] : {std::pair{int64_t{0}, split}, std::pair{split, pairs}}) {
     const int64_t floats = workspace_floats(task);
     auto* const memory = static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{64}));
-    to.whole &= kernel.write(task, from, end, memory);
+    int64_t next = from;
+    to.whole &= kernel.write(task, &next, end, memory);
     ::operator delete(memory, std::align_val_t{64});
   }
   return to;

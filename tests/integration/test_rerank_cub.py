@@ -28,6 +28,7 @@ def test_pruning_gives_the_answer_of_solving_everything(tmp_path, features, code
     ) as writer:
         writer.append(np.arange(n), features.nodes)
     store = LocalFeatureStore.open(tmp_path / "s")
+    store.nodes()  # from here on sets go from their file to the answer in one native call
     stage = FaissIndexShortlist.from_matrix(features.global_vectors)
     first = stage.search(features.global_vectors, 101).without(np.arange(n)).top(100)
     arguments = features.nodes, first.ids, first.scores
