@@ -121,7 +121,12 @@ def test_models_without_a_map_at_their_end(name, channels):
     """What the error advises works."""
     with pytest.raises(ValueError) as caught:
         load_backbone(name, pretrained=False)
-    assert str(caught.value) == (
+    said = str(caught.value)
+    if not hasattr(timm.create_model(name), "forward_intermediates"):
+        # Earlier releases of timm give no intermediate maps of some models.
+        assert said == f"backbone: the output of {name} is no feature map; choose another model"
+        return
+    assert said == (
         f"backbone: the output of {name} is no feature map; take its last intermediate one: "
         "layer=-1 (--layer -1)"
     )
