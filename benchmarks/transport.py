@@ -26,7 +26,6 @@ import torch
 from ot.lp.emd_wrap import emd_c
 from torch import Tensor
 
-from emd_retrieval._files import write_text
 from emd_retrieval.progress import progress
 from emd_retrieval.records import ResultRecord, markdown_table
 from emd_retrieval.transport import simplex, solve
@@ -230,14 +229,16 @@ def main() -> None:
         "--longest", type=float, default=2.0, help="leave out what takes longer (s)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="write the record to this markdown file")
+    parser.add_argument(
+        "--output", type=Path, help="write the record (.md, .json, .csv) to this name"
+    )
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
 
     rows = [row for size in progress(arguments.sizes, "timing") for row in measure(size, arguments)]
     table = with_ratios(pd.DataFrame(rows), arguments.threads)
     record = ResultRecord(
-        name="transport",
+        name=arguments.output.stem if arguments.output else "transport",
         title="Time per transportation problem",
         tables={"time": table},
         settings={"rounds": arguments.rounds, "dtype": "float32", "statistic": "fastest of rounds"},
@@ -251,7 +252,7 @@ def main() -> None:
     )
     print(markdown_table(table))
     if arguments.output:
-        write_text(arguments.output, record.to_markdown())
+        record.save(arguments.output.parent)
 
 
 if __name__ == "__main__":

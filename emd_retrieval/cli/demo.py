@@ -6,9 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from emd_retrieval.cli.options import add_report_option
+
 EXAMPLES = """examples:
   train and evaluate, about two minutes on two cores:
     emd-retrieval demo
+  the same with a page to look at: runs/demo/report.html
+    emd-retrieval demo --report
   only the drawn birds, as class folders for other tools:
     emd-retrieval demo --export birds/
 """
@@ -27,6 +31,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of each method")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR",
                         help="folder for table and figures (runs/demo)")  # fmt: skip
+    add_report_option(parser)
     parser.add_argument("--export", type=Path, metavar="DIR", help="write the birds here and stop")
     parser.set_defaults(run=run)
     return parser
@@ -52,6 +57,9 @@ def run(options: argparse.Namespace) -> None:
     if options.steps is not None:
         settings = replace(settings, steps=options.steps)
     record, _ = workflows.run_demo(
-        settings, options.output, say=lambda line: print(line, flush=True)
+        settings,
+        options.output,
+        report=options.report,
+        say=lambda line: print(line, flush=True),
     )
     print_record(record, options.output)

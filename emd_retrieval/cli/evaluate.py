@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from emd_retrieval.cli.options import add_feature_options, add_work_options
+from emd_retrieval.cli.options import add_feature_options, add_report_option, add_work_options
 
 EXAMPLES = """examples:
   a dataset, its classes 101 to 200, the paper's pyramid, every pair compared:
@@ -75,10 +75,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
 
     out = parser.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="DIR", help="folder (runs/evaluate)")
-    out.add_argument(
-        "--report", type=int, nargs="?", const=200, metavar="N",
-        help="also write report.html, with N queries to explore (200)",
-    )  # fmt: skip
+    add_report_option(out)
     parser.set_defaults(run=partial(run, default=parser.get_default))
     return parser
 

@@ -76,6 +76,9 @@ def _add(own: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
         parser.add_argument("--shot", default="1", metavar="N,N", help="images a class (1)")
         parser.add_argument("--split", default="test", help="train, val or test (test)")
         parser.add_argument(
+            "--record", default="", metavar="N,N", help="keep episodes, for explain --episode"
+        )
+        parser.add_argument(
             "--across", action="store_true", help="the run is of another data set, as meant"
         )
     else:
@@ -151,6 +154,7 @@ def _test(options: argparse.Namespace) -> None:
             shots=numbers("--shot", options.shot),
             split=options.split,
             across=options.across,
+            record=numbers("--record", options.record) if options.record else (),
             method=options.method,
             overrides=(*options.overrides, *seed),
             data=options.data,

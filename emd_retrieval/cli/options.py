@@ -90,6 +90,14 @@ def work_settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def add_report_option(group: Any) -> None:
+    """The page of the run, with queries to explore."""
+    group.add_argument(
+        "--report", type=int, nargs="?", const=200, metavar="N",
+        help="also write report.html, with N queries to explore (200)",
+    )  # fmt: skip
+
+
 def torch_device(name: str | None) -> str:
     """A device that can be used here; a GPU where there is one and none is named."""
     import torch

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from emd_retrieval.cli.options import add_report_option
+
 EXAMPLES = """examples:
   an index that exists, queries as images, extracted as the store's were:
     emd-retrieval rerank --index gallery.faiss --store birds.store --queries photos/ \\
@@ -14,6 +16,8 @@ EXAMPLES = """examples:
     emd-retrieval rerank --candidates results.parquet --store birds.store --queries queries.npy
   the store's own global vectors, both scores mixed:
     emd-retrieval rerank --store birds.store --queries queries.npy --alpha 0.7 --format csv
+  with a page to look at, pictures of both sides in it:
+    emd-retrieval rerank --store birds.store --queries photos/ --report --images birds/
 """
 
 
@@ -45,6 +49,11 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/rerank"), metavar="DIR", help="(runs/rerank)"
     )
+    add_report_option(parser)
+    parser.add_argument(
+        "--images", type=Path, metavar="PATH",
+        help="the store's images (folder, list, table), for the pictures of the page",
+    )  # fmt: skip
     parser.set_defaults(run=run)
     return parser
 
@@ -67,6 +76,10 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     first.add_argument(
         "--index-parameters", default="", metavar="NAME=X,...", help="nprobe=16, efSearch=64"
     )
+    first.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, default=True,
+        help="scale queries to unit norm, as an index of unit vectors wants them (yes)",
+    )  # fmt: skip
     first.add_argument(
         "--candidates", type=Path, metavar="FILE",
         help="a ready shortlist: .parquet, .csv (query, id, score) or .npz (ids, scores, queries)",
@@ -124,6 +137,7 @@ def search_settings(options: argparse.Namespace) -> dict[str, Any]:
         "index": options.index,
         "index_ids": options.index_ids,
         "index_parameters": _parameters(options.index_parameters),
+        "normalize": options.normalize,
         "candidates": options.candidates,
         "qdrant": options.qdrant,
         "collection": options.collection,
@@ -150,6 +164,8 @@ def run(options: argparse.Namespace) -> None:
         exclude_self=options.exclude_self,
         skip_errors=options.skip_errors,
         format=options.format,
+        report=options.report,
+        images=options.images,
     )
     record, _ = workflows.rerank_queries(settings, options.output)
     print_record(record, options.output)

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from emd_retrieval.cli.train import add_machine, machine_of
+from emd_retrieval.cli.options import add_report_option
+from emd_retrieval.cli.train import add_compile, add_machine, machine_of
 
 EXAMPLES = """examples:
   the paper's table on the paper's data (resnet50.tv_in1k from timm's hub, a GPU):
@@ -50,7 +51,9 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
         "--controls", nargs="?", const="mean,uniform,dense,detached,evaluation", default="",
         metavar="NAMES", help="all of mean,uniform,dense,detached,evaluation, or some (none)",
     )  # fmt: skip
+    add_report_option(parser)
     add_machine(parser)
+    add_compile(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -76,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
             seeds=options.seeds,
             overrides=options.overrides,
             machine=machine_of(options),
+            report=options.report,
             seed=options.seed,
         ),
         options.output,

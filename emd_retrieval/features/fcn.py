@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -53,6 +54,7 @@ class FCNExtractor(Extractor):
         super().__init__(backbone, embedding_size=embedding_size)
         self.pyramid = levels
         self.include_map = include_map
+        self._map_sides: dict[int, int] = {}
 
     @property
     def num_nodes(self) -> int | None:
@@ -69,12 +71,14 @@ class FCNExtractor(Extractor):
     def node_boxes(
         self, image: Any = None, *, resize: int = 256, crop: int | None = 224, seed: int = 0
     ) -> Tensor | None:
-        """Where the nodes lie, as shares of any view; ``None`` with ``include_map``.
+        """Where the nodes lie, as shares of any view; a cell of the map is its share of the view.
 
         Shape:
             ``[N, 4]``: left, top, right, bottom.
         """
-        return None if self.include_map else pyramid_boxes(self.pyramid)
+        if not self.include_map:
+            return pyramid_boxes(self.pyramid)
+        return pyramid_boxes((*self.pyramid, self._map_side(_side(crop))))
 
     def evaluation_view(
         self, *, resize: int = 256, crop: int | None = 224
@@ -114,6 +118,18 @@ class FCNExtractor(Extractor):
         if self.global_node is not None:
             return nodes, nodes[:, self.global_node]
         return nodes, feature_map.mean(dim=(2, 3))
+
+    def _map_side(self, crop: int) -> int:
+        """How many cells a row of the map of a square view has; the backbone alone can tell."""
+        if crop not in self._map_sides:
+            training, parameter = self.training, next(self.parameters())
+            with torch.no_grad():
+                feature_map = self.eval()._feature_map(
+                    torch.zeros(1, 3, crop, crop, device=parameter.device, dtype=parameter.dtype)
+                )
+            self.train(training)
+            self._map_sides[crop] = feature_map.shape[3]
+        return self._map_sides[crop]
 
     def _settings(self) -> dict[str, Any]:
         return {"pyramid": list(self.pyramid), "include_map": self.include_map}

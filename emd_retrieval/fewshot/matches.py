@@ -30,6 +30,7 @@ class EpisodeMatches:
         query_weights: Node weights of the query; they sum to one. Shape: ``[P, N]``.
         support_weights: Node weights of the support image. Shape: ``[P, M]``.
         flow: Mass moved between nodes; sums to one. Shape: ``[P, N, M]``.
+        cost: Ground cost between nodes. Shape: ``[P, N, M]``.
         query_boxes: Left, top, right, bottom of each query node, as shares of the view.
             Shape: ``[P, N, 4]``.
         support_boxes: The same of the support image. Shape: ``[P, M, 4]``.
@@ -42,6 +43,7 @@ class EpisodeMatches:
     query_weights: Tensor
     support_weights: Tensor
     flow: Tensor
+    cost: Tensor
     query_boxes: Tensor
     support_boxes: Tensor
 
@@ -126,6 +128,7 @@ def episode_matches(
         query_weights=match.query_weights,
         support_weights=match.reference_weights,
         flow=match.flow,
+        cost=match.cost,
         query_boxes=where[left],
         support_boxes=where[right],
     )

@@ -12,7 +12,7 @@ from emd_retrieval.workflows.evaluate import (
     evaluate_ranking,
     evaluate_stored_sets,
 )
-from emd_retrieval.workflows.explain import ExplainImages, explain_images
+from emd_retrieval.workflows.explain import ExplainImages, explain_episode, explain_images
 from emd_retrieval.workflows.explorer import collect_explorer
 from emd_retrieval.workflows.extract import ExtractedStore, ExtractImages, extract_images
 from emd_retrieval.workflows.fewshot import (
@@ -57,6 +57,7 @@ __all__ = [
     "evaluate_images",
     "evaluate_ranking",
     "evaluate_stored_sets",
+    "explain_episode",
     "explain_images",
     "extract_images",
     "fewshot_figure",

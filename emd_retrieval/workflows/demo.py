@@ -13,6 +13,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from torch import Tensor
 
+from emd_retrieval._checks import check_positive
 from emd_retrieval._files import check_folder
 from emd_retrieval.datasets import ImageCollection, ImageDataset, demo_birds
 from emd_retrieval.features import FCNExtractor, FeatureSet, extract_features
@@ -33,7 +34,9 @@ from emd_retrieval.training import (
     TrainingSchedule,
     train_embedding,
 )
+from emd_retrieval.workflows.explorer import EXPLORER_FILE, collect_explorer
 from emd_retrieval.workflows.gallery import ImageSide, save_pictures
+from emd_retrieval.workflows.report import write_report
 
 # Added to the seed for drawing: loss and learning rate were chosen on the species of seed 0.
 _FRESH_SPECIES = 1000
@@ -98,6 +101,7 @@ def run_demo(
     settings: Demo | None = None,
     output: str | Path | None = None,
     *,
+    report: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[ResultRecord, Evaluation]:
     """Train and evaluate the demo.
@@ -105,6 +109,7 @@ def run_demo(
     Args:
         settings: What to do; the defaults take about two minutes on two CPU cores.
         output: Folder for the record and the figures; ``None`` writes nothing.
+        report: Queries to keep for the explorer of ``report.html``, which is written as well.
         say: Told, in a line, what happens next.
 
     Returns:
@@ -116,6 +121,8 @@ def run_demo(
     settings = Demo() if settings is None else settings
     if output is not None:
         check_folder(output)
+    if report is not None:
+        check_positive("report", report)
     say(
         f"drawing {settings.train_species + settings.test_species} species of birds; "
         f"{settings.test_species} of them are kept for the test"
@@ -165,7 +172,15 @@ def run_demo(
             view=np.asarray,
         )
         record = record.with_figures(figures)
+        if report is not None:
+            explorer = collect_explorer(
+                evaluation, side, side, matcher=settings.matcher, boxes=deepemd.node_boxes,
+                view=np.asarray, queries=report,
+            )  # fmt: skip
+            explorer.save(Path(output) / EXPLORER_FILE)
         record.save(output)
+        if report is not None:
+            write_report(output)
     return record, evaluation
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from emd_retrieval._checks import check_choice
+from emd_retrieval._checks import check_choice, check_positive
 from emd_retrieval._files import check_folder
 from emd_retrieval.datasets import decode_rgb
 from emd_retrieval.matching import EMDMatcher
@@ -16,6 +16,7 @@ from emd_retrieval.matching.clusters import METHODS
 from emd_retrieval.reports import MatchPicture, match_figure, save_figure
 from emd_retrieval.reports.flows import flows_figure
 from emd_retrieval.reports.rebuilt import rebuilt_figure
+from emd_retrieval.workflows.fewshot_episode import EpisodeRecord
 from emd_retrieval.workflows.models import FeatureSettings
 
 FORMATS = ("png", "svg")
@@ -79,8 +80,8 @@ def explain_images(
     ]
     if boxes[0] is None or boxes[1] is None or model.matcher.weights in METHODS:
         raise ValueError(
-            "extractor: the nodes of these settings have no place in the image (clusters, or the "
-            "cells of a map), so there is nothing to draw"
+            "extractor: the nodes of these settings are clusters, which have no place in the "
+            "image, so there is nothing to draw"
         )
     with torch.inference_mode():
         views = torch.stack([transform(image) for image in images]).to(settings.device)
@@ -98,15 +99,49 @@ def explain_images(
         similarity=float(match.similarity),
         title=f"{settings.query.stem} and {settings.reference.stem}",
     )
-    if output is None:
-        return picture, []
+    return picture, [] if output is None else _save([picture], Path(output), formats)
+
+
+def explain_episode(
+    episode: str | Path,
+    output: str | Path | None = None,
+    *,
+    formats: Sequence[str] = ("png",),
+    rows: int = 3,
+) -> tuple[list[MatchPicture], list[Path]]:
+    """Draw the matches of a recorded few-shot episode: queries and their nearest support images.
+
+    Args:
+        episode: What ``fewshot test --record`` wrote.
+        output: Folder for ``match``, ``rebuilt`` (Figure 6) and ``flows`` (Figure 7); ``None``
+            writes nothing.
+        formats: ``"png"``, ``"svg"`` or both.
+        rows: At most so many queries, the first ones.
+
+    Returns:
+        The matches, a row each, and the files written.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no recorded episode, or ``formats`` or ``rows`` are not valid.
+    """
+    for name in formats:
+        check_choice("formats", name, FORMATS)
+    check_positive("rows", rows)
+    if output is not None:
+        check_folder(output)
+    pictures = EpisodeRecord.load(episode).nearest()[:rows]
+    return pictures, [] if output is None else _save(pictures, Path(output), formats)
+
+
+def _save(pictures: Sequence[MatchPicture], output: Path, formats: Sequence[str]) -> list[Path]:
     figures = {
-        "match": match_figure([picture]),
-        "rebuilt": rebuilt_figure([picture]),
-        "flows": flows_figure([picture]),
+        "match": match_figure(pictures),
+        "rebuilt": rebuilt_figure(pictures),
+        "flows": flows_figure(pictures),
     }
-    return picture, [
-        save_figure(figure, Path(output) / f"{name}.{ending}")
+    return [
+        save_figure(figure, output / f"{name}.{ending}")
         for name, figure in figures.items()
         for ending in formats
     ]

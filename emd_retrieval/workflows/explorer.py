@@ -227,7 +227,7 @@ def match_pairs(
     """The match of every query with each of its neighbours, where nodes lie somewhere.
 
     Args:
-        queries: As they are kept.
+        queries: As they are kept; a neighbour below zero is none.
         album: Their pictures.
         matcher: The EMD similarity.
         query_nodes: From rows of the queries to their nodes. Shape of its result: ``[P, N, D]``.
@@ -238,7 +238,7 @@ def match_pairs(
     """
     if matcher.weights in METHODS:
         return  # nodes that are clusters lie nowhere in the image
-    pairs = sorted({(q.picture, int(p)) for q in queries for p in q.neighbours.ravel()})
+    pairs = sorted({(q.picture, int(p)) for q in queries for p in q.neighbours.ravel() if p >= 0})
     pairs = [pair for pair in pairs if all(album.pictures[p].boxes is not None for p in pair)]
     for start in range(0, len(pairs), _PAIRS_AT_ONCE):
         part = pairs[start : start + _PAIRS_AT_ONCE]

@@ -31,6 +31,7 @@ from emd_retrieval.fewshot.views import views_of
 from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.records import ResultRecord
 from emd_retrieval.training import TrunkCache
+from emd_retrieval.workflows.fewshot_episode import check_episodes, record_episode
 from emd_retrieval.workflows.fewshot_recipes import read_fewshot_recipe
 from emd_retrieval.workflows.train import Machine
 
@@ -80,6 +81,7 @@ class FewshotTrial:
         shots: Support images a class.
         split: Whose classes.
         across: The recipe may be of another data set than the run.
+        record: Numbers of episodes whose matches are kept beside the record, for ``explain``.
         method: As for :class:`FewshotStage`.
         overrides: As for :class:`FewshotStage`.
         data: As for :class:`FewshotStage`.
@@ -94,6 +96,7 @@ class FewshotTrial:
     shots: Sequence[int] = (1,)
     split: str = "test"
     across: bool = False
+    record: Sequence[int] = ()
     method: str | None = None
     overrides: Sequence[str] = ()
     data: Path | None = None
@@ -174,6 +177,9 @@ def fewshot_test(settings: FewshotTrial) -> ResultRecord:
         for shot in settings.shots
         for name in settings.classifiers or ("nearest" if shot == 1 else "sfc",)
     ]
+    recorded = {(way, shot): episodes for way, shot, _, episodes in cells if settings.record}
+    for episodes in recorded.values():
+        check_episodes(settings.record, episodes, recipe.matching)
     rows = []
     for way, shot, name, episodes in cells:
         scores = bench.scores(name, episodes)
@@ -190,6 +196,13 @@ def fewshot_test(settings: FewshotTrial) -> ResultRecord:
         notes=("Percent, mean over episodes with 95 % interval.",),
     )  # fmt: skip
     record.save(output)
+    for (way, shot), episodes in recorded.items():
+        for number in settings.record:
+            found = record_episode(
+                recipe.matching, extractor, collection, bench.nodes, episodes, number,
+                views=views_of(extractor, recipe.views),
+            )  # fmt: skip
+            found.save(output / f"episode_{way}way_{shot}shot_{number}.npz")
     return record
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from emd_retrieval.datasets import ImageCollection
 from emd_retrieval.features import FeatureSet
 from emd_retrieval.matching import EMDMatcher
+from emd_retrieval.matching.clusters import METHODS
 from emd_retrieval.reports import (
     GalleryRow,
     MatchPicture,
@@ -214,6 +215,8 @@ def match_pictures(
         view: The part of an image that the network saw.
         most: At most so many.
     """
+    if matcher.weights in METHODS:
+        return []  # nodes that are clusters lie nowhere in the image
     second = list(evaluation.rankings.values())[1]
     rows = _scored_rows(evaluation)
     pictures: list[MatchPicture] = []

@@ -21,6 +21,7 @@ from emd_retrieval.retrieval import (
     Shortlist,
 )
 from emd_retrieval.workflows.queries import (
+from emd_retrieval.workflows.explorer import EXPLORER_FILE
     Queries,
     SearchSettings,
     first_stage,
@@ -30,6 +31,8 @@ from emd_retrieval.workflows.queries import (
     skipped_table,
 )
 
+from emd_retrieval.workflows.report import write_report
+from emd_retrieval.workflows.rerank_explorer import collect_reranking
 
 @dataclass(frozen=True, kw_only=True)
 class RerankQueries(SearchSettings):
@@ -40,11 +43,16 @@ class RerankQueries(SearchSettings):
         alpha: Share of the EMD in ``alpha * similarity + (1 - alpha) * first stage's score``.
         format: Of the ranking: ``"parquet"`` or ``"csv"``.
     """
+        report: Queries to keep for the explorer of ``report.html``, which is written as well;
+            ``None`` keeps none and writes no page.
+        images: The store's images (folder, list or table), for the pictures of the page.
 
     k: int = 10
     alpha: float = 1.0
     format: str = "parquet"
 
+    report: int | None = None
+    images: Path | None = None
 
 def rerank_queries(
     settings: RerankQueries, output: str | Path | None = None
@@ -68,6 +76,10 @@ def rerank_queries(
     check_choice("format", settings.format, ["parquet", "csv"])
     check_sizes(settings.k, settings.shortlist)
     if output is not None:
+    if settings.report is not None:
+        check_positive("report", settings.report)
+    elif settings.images is not None:
+        raise ValueError("images: they are for the page; ask for it (report, --report)")
         check_folder(output)
     store = LocalFeatureStore.open(settings.store)
     queries = read_queries(settings, store)
@@ -116,7 +128,15 @@ def rerank_queries(
         save_ranking(ranking, Path(output), settings.format)
         save_skipped(queries, Path(output))
         record.save(output)
+        if settings.report is not None:
+            explorer = collect_reranking(
+                settings, store, queries, first, answer, images=settings.images,
+                most=settings.report,
+            )  # fmt: skip
+            explorer.save(Path(output) / EXPLORER_FILE)
     return record, ranking
+        if settings.report is not None:
+            write_report(output)
 
 
 def check_sizes(k: int, shortlist: int) -> None:

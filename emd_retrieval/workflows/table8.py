@@ -30,10 +30,13 @@ from emd_retrieval.reports.table8 import (
 )
 from emd_retrieval.training import METHODS, Recipe, TrainedModel, build_model
 from emd_retrieval.training.model import WEIGHTS_FILE, load_state, read_summary
+from emd_retrieval.workflows.cell_explorer import choose_cells, explore_cells
 from emd_retrieval.workflows.cell_scores import RAW, Cell, CellSummary, summarize_cells
 from emd_retrieval.workflows.recipes import read_recipe, recipe_files
 from emd_retrieval.workflows.train import (
+from emd_retrieval.workflows.explorer import EXPLORER_FILE
     Machine,
+from emd_retrieval.workflows.report import write_report
     fit,
     keep_recipe,
     load_data,
@@ -72,6 +75,8 @@ class Table8:
         machine: Where to compute.
         seed: Seed of the bootstrap.
     """
+        report: Queries to keep for the explorer of ``report.html``, which is written as well;
+            ``None`` keeps none and writes no page.
 
     recipes: Path
     runs: Path
@@ -84,6 +89,7 @@ class Table8:
     machine: Machine = field(default_factory=Machine)
     seed: int = 0
 
+    report: int | None = None
 
 def run_table8(
     settings: Table8, output: str | Path | None = None
@@ -107,6 +113,8 @@ def run_table8(
         check_folder(output)
     check_folder(settings.runs, "runs")
     recipes = _recipes(settings)
+    if settings.report is not None:
+        check_positive("report", settings.report)
     training, test = _data(settings, recipes)
     bench = _Bench(settings, recipes, training, test)
     scores: dict[Cell, pd.DataFrame] = {}
@@ -132,6 +140,14 @@ def run_table8(
         record = _save(record, summary, Path(output))
     return record, failures
 
+        if settings.report is not None:
+            pair = choose_cells(list(scores))
+            if pair is not None:
+                explorer = explore_cells(
+                    pair, settings.runs, test, settings.machine, queries=settings.report
+                )
+                explorer.save(Path(output) / EXPLORER_FILE)
+            write_report(output, cells=settings.runs)
 
 class _Bench:
     """Runs cells, or reads those that are there."""

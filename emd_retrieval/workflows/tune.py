@@ -110,6 +110,8 @@ def tune_queries(
             **matcher_of(settings, store).describe(),
             "metric": settings.metric,
             "budget_ms": settings.budget_ms,
+            "chosen": {"alpha": tuned.alpha, "shortlist": tuned.shortlist},
+            "first_stage": dict(tuned.baseline),
         },
         data={
             "store": store.path.name,

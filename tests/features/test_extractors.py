@@ -72,8 +72,18 @@ def test_boxes_count_as_many_as_nodes(backbone):
     extractor = FCNExtractor(backbone, pyramid=(3, 2))
     assert extractor.node_boxes().shape == (13, 4)
     assert extractor.num_nodes == 13
-    extractor = FCNExtractor(backbone, include_map=True)
-    assert extractor.node_boxes() is None
+    extractor = FCNExtractor(backbone, pyramid=(2,), include_map=True).train()
+    before = {name: value.clone() for name, value in extractor.state_dict().items()}
+    for crop in (64, 96):
+        with torch.no_grad():
+            nodes = extractor.eval()(torch.rand(1, 3, crop, crop))
+        boxes = extractor.train().node_boxes(crop=crop)
+        assert boxes.shape == (nodes.shape[1], 4)
+        areas = (boxes[4:, 2:] - boxes[4:, :2]).prod(dim=1)
+        torch.testing.assert_close(areas.sum(), torch.tensor(1.0))
+    assert extractor.training
+    for name, value in extractor.state_dict().items():
+        assert torch.equal(value, before[name]), "asking changes nothing"
     assert extractor.num_nodes is None, "as many as the map has cells"
 
 

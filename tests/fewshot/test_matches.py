@@ -64,5 +64,5 @@ def test_bad_input(nodes: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ends in \.npz, got matches"):
         found.save(tmp_path / "matches")
     np.savez(tmp_path / "other.npz", flow=np.zeros(3))
-    with pytest.raises(ValueError, match="not a record of matches; query, "):
+    with pytest.raises(ValueError, match="not a record of matches; cost, query, "):
         EpisodeMatches.load(tmp_path / "other.npz")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 KEYS = {
     "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Escape": 27,
-    "Tab": 9,
+    "Tab": 9, "PageUp": 33, "PageDown": 34,
 }  # fmt: skip
 
 

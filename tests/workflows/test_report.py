@@ -105,15 +105,22 @@ def test_a_gallery_apart(image_folder, weights, tmp_path):
         assert first.similarity == pytest.approx(1, abs=1e-5), "its own copy is found first"
 
 
-def test_dense_flows_are_kept_and_nodes_without_place_have_none(image_folder, weights, tmp_path):
+def test_dense_flows_are_kept_and_clusters_have_no_place(image_folder, weights, tmp_path):
     matcher = EMDMatcher(weights="uniform", coupling="dense")
     evaluate_images(settings(image_folder, weights, matcher=matcher), tmp_path / "dense")
     dense = ExplorerData.load(tmp_path / "dense" / "explorer.npz")
     assert {len(match.flow) for match in dense.matches.values()} == {25}
     evaluate_images(settings(image_folder, weights, include_map=True), tmp_path / "map")
     explorer = ExplorerData.load(tmp_path / "map" / "explorer.npz")
+    nodes = {len(match.query_weights) for match in explorer.matches.values()}
+    assert nodes == {len(explorer.pictures[0].boxes)}, "cells of the map lie in the image"
+    matcher = EMDMatcher(weights="k_means", clusters=2)
+    evaluate_images(settings(image_folder, weights, matcher=matcher), tmp_path / "clusters")
+    explorer = ExplorerData.load(tmp_path / "clusters" / "explorer.npz")
     assert explorer.matches == {}
     assert len(explorer.queries) == 12
+    page = (tmp_path / "clusters" / "report.html").read_text(encoding="utf-8")
+    assert "This run keeps no matches" in page
 
 
 def test_random_patches_have_boxes_of_their_own(image_folder, weights, tmp_path):

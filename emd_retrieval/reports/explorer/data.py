@@ -50,7 +50,8 @@ class Query:
     Attributes:
         picture: Index of its picture.
         scores: Its metric by each method, in percent; NaN where classes are not known.
-        neighbours: Indices of pictures by each method, best first. Shape: ``[2, K]``.
+        neighbours: Indices of pictures by each method, best first; -1 where there is none. Shape:
+            ``[2, K]``.
         similarities: What each method ranked them by; ``-inf`` where it compared nothing. Shape:
             ``[2, K]``.
     """

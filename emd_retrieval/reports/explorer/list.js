@@ -15,12 +15,12 @@
   const picture = (index) => {
     const [jpeg, label, name, width, height, layout] = data.pictures[index];
     return { src: jpeg && `data:image/jpeg;base64,${jpeg}`, label, name, width, height,
-      title: data.labelled ? data.classes[label] : name, boxes: layout < 0 ? null : data.layouts[layout] };
+      title: data.labelled ? data.classes[label] : name.split("/").pop(), boxes: layout < 0 ? null : data.layouts[layout] };
   };
   // A picture that is not at hand is its name.
   const thumbnail = (image, alt) => image.src
     ? make("img", { src: image.src, alt, loading: "lazy", decoding: "async" })
-    : make("span", { class: "tile" }, image.name);
+    : make("span", { class: "tile" }, image.name.split("/").pop());
   const changeOf = (scores, neighbours) => {
     if (!data.labelled) {
       const [before, after] = neighbours;
@@ -47,7 +47,7 @@
     const index = query.neighbours[method][place];
     const other = picture(index), similarity = query.similarities[method][place];
     const right = data.labelled && other.label === query.label;
-    const text = similarity === null ? "not compared" : similarity.toFixed(3);
+    const text = similarity === null ? (method ? "not compared" : "no score") : similarity.toFixed(3);
     const opens = `${query.index} ${index}` in data.matches;
     const verdict = data.labelled ? ` ${right ? "right" : "wrong"},` : "";
     const button = make("button", {
@@ -71,7 +71,9 @@
     const rows = make("div", { class: "rows" });
     data.methods.forEach((name, method) => {
       const row = make("ol", { class: "row", "aria-label": `${name}: neighbours` });
-      query.neighbours[method].forEach((_, place) => row.append(neighbourItem(query, method, place)));
+      query.neighbours[method].forEach((index, place) => {
+        if (index >= 0) row.append(neighbourItem(query, method, place));
+      });
       rows.append(make("p", { class: "row-name" }, name), row);
     });
     const article = make("article", { class: "query", "aria-label": `Query: ${own.title}` });

@@ -50,11 +50,22 @@ const matchView = (data, { make, picture, find }) => {
   };
   const area = ([x0, y0, x1, y1]) => (x1 - x0) * (y1 - y0);
   const isWhole = (box) => area(box) > 0.99;
-  // Nodes of about one size form a level; random patches, all of different sizes, are one level.
+  // A level is a grid of nodes, row by row; random patches, which are none, are one level.
   const levelsOf = (boxes) => {
-    const sizes = [...new Set(boxes.map((box) => Math.round(area(box) * 50)))].sort((a, b) => a - b);
-    if (sizes.length > 5) return [boxes.map((_, i) => i)];
-    return sizes.map((size) => boxes.flatMap((box, i) => Math.round(area(box) * 50) === size ? [i] : []));
+    const middles = boxes.map(([, y0, , y1]) => (y0 + y1) / 2), levels = [];
+    middles.forEach((y, node) => {
+      // Where rows begin at the top again, a level begins.
+      if (!node || y < middles[node - 1] - 1e-4) levels.push([]);
+      levels.at(-1).push(node);
+    });
+    const isGrid = (nodes) => {
+      const rows = new Map();
+      for (const node of nodes) rows.set(middles[node].toFixed(3), (rows.get(middles[node].toFixed(3)) ?? 0) + 1);
+      return new Set(rows.values()).size === 1;
+    };
+    if (!levels.every(isGrid) || levels.filter((nodes) => nodes.length === 1).length > 1) return [boxes.map((_, i) => i)];
+    const size = (nodes) => nodes.reduce((sum, node) => sum + area(boxes[node]), 0) / nodes.length;
+    return levels.sort((a, b) => size(a) - size(b));
   };
   const levelOf = (side) => match.levels[side][Math.min(match.level, match.levels[side].length - 1)];
   // Where a part lies; beside others of a larger size, also of how many it is one.
@@ -280,7 +291,7 @@ const matchView = (data, { make, picture, find }) => {
   const go = (step) => { const entry = match.step(step); if (entry) open(entry); };
   find("previous").addEventListener("click", () => go(-1));
   find("next").addEventListener("click", () => go(1));
-  dialog.addEventListener("keydown", (event) => {
+  document.addEventListener("keydown", (event) => {
     const step = { PageUp: -1, PageDown: 1 }[event.key];
     if (step && match) { event.preventDefault(); go(step); }
   });
@@ -313,9 +324,11 @@ const matchView = (data, { make, picture, find }) => {
     const fresh = !dialog.open;
     if (fresh) dialog.showModal();
     show(view);
-    if (!fresh) return;
-    dialog.scrollTop = 0;
-    (stage.querySelector(".node.on") ?? find("close")).focus({ preventScroll: true });
+    if (fresh) dialog.scrollTop = 0;
+    // What had the focus may be gone: a part of the match before, a button without a next one.
+    const focus = document.activeElement;
+    if (fresh || !dialog.contains(focus) || focus.disabled)
+      (stage.querySelector(".node.on") ?? find("close")).focus({ preventScroll: true });
   }
   return open;
 };

@@ -92,8 +92,13 @@ def render_page(
         "data": "" if explorer is None else _payload(explorer),
     }
     template = environment.get_template("page.html.j2")
-    size = len(template.render(**content, size="").encode())
-    return template.render(**content, size=_size(size))
+    size = len(_utf8(template.render(**content, size="")))
+    return _utf8(template.render(**content, size=_size(size))).decode()
+
+
+def _utf8(page: str) -> bytes:
+    """The page's bytes; names of files that are no UTF-8 are spelt out."""
+    return page.encode("utf-8", "backslashreplace")
 
 
 def _record(record: ResultRecord) -> dict[str, Any]:
