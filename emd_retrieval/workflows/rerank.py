@@ -20,8 +20,8 @@ from emd_retrieval.retrieval import (
     Reranking,
     Shortlist,
 )
-from emd_retrieval.workflows.queries import (
 from emd_retrieval.workflows.explorer import EXPLORER_FILE
+from emd_retrieval.workflows.queries import (
     Queries,
     SearchSettings,
     first_stage,
@@ -30,9 +30,9 @@ from emd_retrieval.workflows.explorer import EXPLORER_FILE
     read_queries,
     skipped_table,
 )
-
 from emd_retrieval.workflows.report import write_report
 from emd_retrieval.workflows.rerank_explorer import collect_reranking
+
 
 @dataclass(frozen=True, kw_only=True)
 class RerankQueries(SearchSettings):
@@ -42,17 +42,17 @@ class RerankQueries(SearchSettings):
         k: Answers a query; at most ``shortlist``.
         alpha: Share of the EMD in ``alpha * similarity + (1 - alpha) * first stage's score``.
         format: Of the ranking: ``"parquet"`` or ``"csv"``.
-    """
         report: Queries to keep for the explorer of ``report.html``, which is written as well;
             ``None`` keeps none and writes no page.
         images: The store's images (folder, list or table), for the pictures of the page.
+    """
 
     k: int = 10
     alpha: float = 1.0
     format: str = "parquet"
-
     report: int | None = None
     images: Path | None = None
+
 
 def rerank_queries(
     settings: RerankQueries, output: str | Path | None = None
@@ -75,11 +75,11 @@ def rerank_queries(
     """
     check_choice("format", settings.format, ["parquet", "csv"])
     check_sizes(settings.k, settings.shortlist)
-    if output is not None:
     if settings.report is not None:
         check_positive("report", settings.report)
     elif settings.images is not None:
         raise ValueError("images: they are for the page; ask for it (report, --report)")
+    if output is not None:
         check_folder(output)
     store = LocalFeatureStore.open(settings.store)
     queries = read_queries(settings, store)
@@ -127,16 +127,16 @@ def rerank_queries(
     if output is not None:
         save_ranking(ranking, Path(output), settings.format)
         save_skipped(queries, Path(output))
-        record.save(output)
         if settings.report is not None:
             explorer = collect_reranking(
                 settings, store, queries, first, answer, images=settings.images,
                 most=settings.report,
             )  # fmt: skip
             explorer.save(Path(output) / EXPLORER_FILE)
-    return record, ranking
+        record.save(output)
         if settings.report is not None:
             write_report(output)
+    return record, ranking
 
 
 def check_sizes(k: int, shortlist: int) -> None:

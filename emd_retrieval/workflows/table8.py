@@ -32,11 +32,11 @@ from emd_retrieval.training import METHODS, Recipe, TrainedModel, build_model
 from emd_retrieval.training.model import WEIGHTS_FILE, load_state, read_summary
 from emd_retrieval.workflows.cell_explorer import choose_cells, explore_cells
 from emd_retrieval.workflows.cell_scores import RAW, Cell, CellSummary, summarize_cells
-from emd_retrieval.workflows.recipes import read_recipe, recipe_files
-from emd_retrieval.workflows.train import (
 from emd_retrieval.workflows.explorer import EXPLORER_FILE
-    Machine,
+from emd_retrieval.workflows.recipes import read_recipe, recipe_files
 from emd_retrieval.workflows.report import write_report
+from emd_retrieval.workflows.train import (
+    Machine,
     fit,
     keep_recipe,
     load_data,
@@ -73,10 +73,10 @@ class Table8:
         seeds: Runs of each cell.
         overrides: Settings in place of every recipe's, as ``"section.key=value"``.
         machine: Where to compute.
-        seed: Seed of the bootstrap.
-    """
         report: Queries to keep for the explorer of ``report.html``, which is written as well;
             ``None`` keeps none and writes no page.
+        seed: Seed of the bootstrap.
+    """
 
     recipes: Path
     runs: Path
@@ -87,9 +87,9 @@ class Table8:
     seeds: int = 3
     overrides: Sequence[str] = ()
     machine: Machine = field(default_factory=Machine)
+    report: int | None = None
     seed: int = 0
 
-    report: int | None = None
 
 def run_table8(
     settings: Table8, output: str | Path | None = None
@@ -111,10 +111,10 @@ def run_table8(
     """
     if output is not None:
         check_folder(output)
-    check_folder(settings.runs, "runs")
-    recipes = _recipes(settings)
     if settings.report is not None:
         check_positive("report", settings.report)
+    check_folder(settings.runs, "runs")
+    recipes = _recipes(settings)
     training, test = _data(settings, recipes)
     bench = _Bench(settings, recipes, training, test)
     scores: dict[Cell, pd.DataFrame] = {}
@@ -138,8 +138,6 @@ def run_table8(
     record = _record(settings, recipes, summary, failures, test)
     if output is not None:
         record = _save(record, summary, Path(output))
-    return record, failures
-
         if settings.report is not None:
             pair = choose_cells(list(scores))
             if pair is not None:
@@ -148,6 +146,8 @@ def run_table8(
                 )
                 explorer.save(Path(output) / EXPLORER_FILE)
             write_report(output, cells=settings.runs)
+    return record, failures
+
 
 class _Bench:
     """Runs cells, or reads those that are there."""
