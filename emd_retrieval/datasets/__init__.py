@@ -7,6 +7,7 @@ from emd_retrieval.datasets.base import (
     UnreadableImage,
     check_readable,
     find_unreadable,
+    path_below,
 )
 from emd_retrieval.datasets.bird_drawing import BirdSpecies, draw_bird
 from emd_retrieval.datasets.cifar import load_cifar100, load_cifar_fs, load_fc100
@@ -55,5 +56,6 @@ __all__ = [
     "load_mini_imagenet",
     "load_split_folders",
     "load_tiered_imagenet",
+    "path_below",
     "save_image_folder",
 ]

@@ -275,6 +275,27 @@ def check_readable(
     )
 
 
+def path_below(folder: Path, name: str) -> Path:
+    """The file that a list or table in a folder names; what lies elsewhere is not for it to name.
+
+    Links that lie in the folder are followed: data sets are often made of them.
+
+    Args:
+        folder: Where the list lies.
+        name: Relative to the folder; or absolute, if it leads into it.
+
+    Raises:
+        ValueError: If it leads out of the folder.
+    """
+    path = folder / name
+    if ".." in Path(name).parts or not path.absolute().is_relative_to(folder.absolute()):
+        raise ValueError(
+            f"expected a file below {folder}, the folder of the list, got {name!r}; move the list "
+            "to a folder above the images, or link them into its folder"
+        )
+    return path
+
+
 def class_numbers_of(names: Iterable[str]) -> list[tuple[int, str]]:
     """Order class names and number them, whatever order a file system lists them in.
 

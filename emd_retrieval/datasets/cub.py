@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from emd_retrieval.datasets.base import ClassSpec, ImageCollection
+from emd_retrieval.datasets.base import ClassSpec, ImageCollection, path_below
 
 _FOLDER = "CUB_200_2011"
 _INDEX_FILES = ("images.txt", "image_class_labels.txt", "classes.txt")
@@ -64,7 +64,7 @@ def load_cub(root: str | Path, classes: ClassSpec | None = None) -> ImageCollect
     ids = sorted(files)
     collection = ImageCollection(
         name="CUB-200-2011",
-        images=tuple(root / "images" / files[i] for i in ids),
+        images=tuple(_image(root, files[i]) for i in ids),
         labels=np.array([label_of[class_of[i]] for i in ids], dtype=np.int64),
         class_names=tuple(names[number] for number in numbers),
         class_numbers=tuple(numbers),
@@ -105,6 +105,13 @@ def _read_index(path: Path) -> dict[int, str]:
                 raise ValueError(f"{path}, line {count}: number {number} appears twice")
             entries[int(number)] = value.strip()
     return entries
+
+
+def _image(root: Path, name: str) -> Path:
+    try:
+        return path_below(root / "images", name)
+    except ValueError as error:
+        raise ValueError(f"{root / 'images.txt'}: {error}") from None
 
 
 def _to_int(value: str, root: Path) -> int:

@@ -17,6 +17,7 @@ from emd_retrieval.datasets import (
     check_readable,
     find_unreadable,
     load_image_folder,
+    path_below,
 )
 from emd_retrieval.datasets.base import class_numbers_of
 
@@ -205,3 +206,28 @@ class TestCheckReadable:
 
     def test_images_in_memory_need_no_check(self, birds: ImageCollection) -> None:
         assert check_readable(birds) == (birds, [])
+
+
+class TestPathBelow:
+    @pytest.mark.parametrize("name", ["a.png", "sub/a.png", "./a.png", "..a.png"])
+    def test_names_in_the_folder(self, tmp_path: Path, name: str) -> None:
+        assert path_below(tmp_path, name) == tmp_path / name
+        assert path_below(tmp_path, str(tmp_path / name)) == tmp_path / name
+
+    @pytest.mark.parametrize(
+        "name", ["../a.png", "sub/../../a.png", "sub/../a.png", "/etc/passwd", "//host/a", ".."]
+    )
+    def test_names_that_lead_out(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(ValueError, match=r"expected a file below .*, got '.*'; move the list"):
+            path_below(tmp_path, name)
+
+    def test_links_in_the_folder_are_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "set").mkdir()
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "set" / "images").symlink_to(tmp_path / "shared")
+        assert path_below(tmp_path / "set", "images/a.png").parent.resolve().name == "shared"
+
+    def test_a_relative_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert path_below(Path(), str(tmp_path / "a.png")) == tmp_path / "a.png"
+        assert path_below(Path("set"), "a.png") == Path("set/a.png")

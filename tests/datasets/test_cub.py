@@ -112,3 +112,12 @@ def test_partial_copy_of_the_real_data() -> None:
     folders = [held_out.image_name(i).split("/")[0] for i in range(len(held_out))]
     assert folders == [held_out.class_names[label] for label in held_out.labels]
     assert np.asarray(held_out.load(0)).shape[2] == 3
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/secret.png", "a/../../../secret.png"])
+def test_the_index_cannot_name_files_elsewhere(root: Path, name: str) -> None:
+    index = root / "images.txt"
+    first, *others = index.read_text().splitlines()
+    index.write_text("\n".join([f"{first.split()[0]} {name}", *others]))
+    with pytest.raises(ValueError, match=r"images\.txt: expected a file below .*, got '"):
+        load_cub(root)
