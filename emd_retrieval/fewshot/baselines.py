@@ -143,7 +143,7 @@ class _LocalBaseline(_Baseline):
 
     def prepare(self, nodes: Tensor) -> TensorBank:
         """Unit nodes. Shape: ``[..., N, D]``."""
-        return TensorBank(F.normalize(nodes, dim=-1))
+        return TensorBank(F.normalize(nodes, dim=-1), image_dims=2)
 
 
 class LocalKNN(_LocalBaseline):

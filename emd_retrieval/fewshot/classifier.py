@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
@@ -17,6 +18,11 @@ TEMPERATURE = 12.5
 class Bank(Protocol):
     """What a classifier computed once of each image, with any leading dimensions."""
 
+    @property
+    def image_bytes(self) -> int:
+        """Bytes that one image takes when rows are picked."""
+        ...
+
     def at(self, rows: Tensor) -> Self:
         """The images at some rows; ``rows`` of any shape becomes the leading dimensions."""
         ...
@@ -27,13 +33,24 @@ BankT = TypeVar("BankT", bound=Bank)
 
 @dataclass(frozen=True, slots=True)
 class TensorBank:
-    """A bank that is one tensor: vectors ``[..., D]`` or nodes ``[..., N, D]``."""
+    """A bank that is one tensor: a vector or a set of nodes for each image.
+
+    Attributes:
+        value: Shape: ``[..., D]``, or ``[..., N, D]`` with ``image_dims`` 2.
+        image_dims: Trailing dimensions that are of one image.
+    """
 
     value: Tensor
+    image_dims: int = 1
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes that one image takes when rows are picked."""
+        return math.prod(self.value.shape[-self.image_dims :]) * self.value.element_size()
 
     def at(self, rows: Tensor) -> TensorBank:
         """The images at some rows; ``rows`` of any shape becomes the leading dimensions."""
-        return TensorBank(self.value[rows])
+        return replace(self, value=self.value[rows])
 
 
 class EpisodeClassifier(ABC, Generic[BankT]):

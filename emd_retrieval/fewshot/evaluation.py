@@ -56,7 +56,7 @@ def evaluate_episodes(
         classifier: Any classifier of this room.
         nodes: Local features of the whole collection. Shape: ``[n, N, D]``.
         episodes: Rows of ``nodes``.
-        memory_mb: Rough bound on the features of the episodes that are worked on at once, in MiB.
+        memory_mb: Rough bound on the prepared images that are worked on at once, in MiB.
             Blocks above 32 MiB are fetched from the system anew each time, which is slow.
         description: Shows a progress bar under this name.
 
@@ -77,8 +77,6 @@ def evaluate_episodes(
     sizes = check_tensor("nodes", nodes, ["n", "N", "D"], finite=True)
     _check_rows(episodes, sizes["n"])
     images = episodes.way * (episodes.shot + episodes.queries)
-    an_episode = images * sizes["N"] * sizes["D"] * nodes.element_size()
-    chunk = max(1, int(memory_mb * 2**20 / an_episode))
     target = episodes.query_labels.to(nodes.device)
     accuracies = []
     with (
@@ -86,6 +84,7 @@ def evaluate_episodes(
         progress_counter(description, total=len(episodes), unit="episode") as bar,
     ):
         bank = classifier.prepare(nodes)
+        chunk = max(1, int(memory_mb * 2**20 / (images * bank.image_bytes)))
         for start in range(0, len(episodes), chunk):
             part = episodes.at(slice(start, start + chunk))
             support = bank.at(part.support.to(nodes.device))

@@ -7,6 +7,7 @@ weights or coupling need more than that are asked episode by episode.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -32,6 +33,11 @@ class Sets(Protocol):
     @property
     def nodes(self) -> Tensor:
         """Raw local features. Shape: ``[..., N, D]``."""
+        ...
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes that one image takes when rows are picked."""
         ...
 
     def at(self, rows: Tensor) -> Self:
@@ -75,6 +81,11 @@ class UnitSets:
     def nodes(self) -> Tensor:
         """Raw local features. Shape: ``[..., N, D]``."""
         return self.norm.unsqueeze(-1) * self.rows[..., :-1, :] + self.offset.unsqueeze(-1)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes that one image takes when rows are picked."""
+        return math.prod(self.rows.shape[-2:]) * self.rows.element_size()
 
     def at(self, rows: Tensor) -> UnitSets:
         """The sets at some rows; ``rows`` of any shape becomes the leading dimensions."""
@@ -161,6 +172,11 @@ class MatcherSets:
     def nodes(self) -> Tensor:
         """Raw local features. Shape: ``[..., N, D]``."""
         return self.images[self.rows]
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes that one image takes when its sets are compared."""
+        return math.prod(self.images.shape[-2:]) * self.images.element_size()
 
     def at(self, rows: Tensor) -> MatcherSets:
         """The sets at some rows; ``rows`` of any shape becomes the leading dimensions."""
