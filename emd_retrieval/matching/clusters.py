@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emd_retrieval._checks import check_choice, check_positive, check_tensor
+from emd_retrieval.matching.mean_shift import mean_shift_labels
 
 METHODS = ("k_means", "mean_shift")
 """How :func:`cluster_nodes` finds clusters."""
@@ -41,7 +41,7 @@ def cluster_nodes(
     bandwidth: float | None = None,
     seed: int = 0,
 ) -> ClusteredNodes:
-    """Cluster the nodes of each set with scikit-learn, in float64.
+    """Cluster the nodes of each set as scikit-learn does, in float64.
 
     The assignment is a constant, the means are differentiable in the sets. Scaling a set scales its
     means and changes nothing else.
@@ -54,7 +54,7 @@ def cluster_nodes(
             others.
         bandwidth: Radius of ``mean_shift``, in units of the root mean square of the set's node
             norms; ``None`` estimates it for each set.
-        seed: Of ``k_means``' starts and of the estimate.
+        seed: Of ``k_means``' starts.
 
     Returns:
         Means, weights and counts; the rest of the budget are zero nodes of zero weight.
@@ -78,11 +78,12 @@ def cluster_nodes(
         raise ValueError(f"sets: expected at least one node and channel, got {list(sets.shape)}")
     (B, N, _), budget = sets.shape, int(clusters)
     share = np.zeros((B, budget, N))
-    for place, rows in enumerate(sets.detach().double().cpu().numpy()):
-        if method == "k_means":
-            labels = _k_means(rows, budget, seed)
-        else:
-            labels = _mean_shift(rows, budget, bandwidth, seed)
+    features = sets.detach().double().cpu().numpy()
+    if method == "k_means":
+        found = [_k_means(rows, budget, seed) for rows in features]
+    else:
+        found = list(_mean_shift(features, budget, bandwidth)) if B else []
+    for place, labels in enumerate(found):
         share[place, labels, np.arange(N)] = 1
     sizes = share.sum(axis=2)
     averages = share / np.maximum(sizes, 1)[..., None]
@@ -105,33 +106,27 @@ def check_cluster_settings(clusters: int, bandwidth: float | None) -> None:
 def _k_means(rows: _Rows, budget: int, seed: int) -> _Labels:
     from sklearn.cluster import KMeans
 
-    budget = min(budget, len(np.unique(rows, axis=0)))
+    if budget == 1:
+        return np.zeros(len(rows), dtype=np.int64)
+    _, distinct = np.unique(rows, axis=0, return_inverse=True)
+    if budget > distinct.max():  # every distinct node is a cluster
+        return _largest_first(distinct.ravel())
     found = KMeans(n_clusters=budget, n_init=3, random_state=seed).fit_predict(_unit_scale(rows))
     return _largest_first(found)
 
 
-def _mean_shift(rows: _Rows, budget: int, bandwidth: float | None, seed: int) -> _Labels:
-    from sklearn.cluster import MeanShift, estimate_bandwidth
-
-    rows = _unit_scale(rows)
-    radius = bandwidth
-    if radius is None:
-        radius = estimate_bandwidth(rows, random_state=seed)
-        if radius <= 1e-12:  # most nodes coincide: no neighbourhood to learn a radius from
-            radius = float(np.linalg.norm(rows - rows.mean(axis=0), axis=1).mean())
-        if radius <= 1e-12:
-            return np.zeros(len(rows), dtype=np.int64)
-    with warnings.catch_warnings():
-        # Seeds without neighbours are dropped by scikit-learn, loudly.
-        warnings.filterwarnings("ignore", module="sklearn")
-        labels = _largest_first(MeanShift(bandwidth=radius).fit_predict(rows))
-    over = labels >= budget
-    if over.any():
+def _mean_shift(sets: _Rows, budget: int, bandwidth: float | None) -> _Labels:
+    """Shape: ``[B, N, D]`` to ``[B, N]``."""
+    sets = np.stack([_unit_scale(rows) for rows in sets])
+    every = np.stack([_largest_first(row) for row in mean_shift_labels(sets, bandwidth)])
+    for place in np.flatnonzero(every.max(axis=1) >= budget):
+        rows, labels = sets[place], every[place]
+        over = labels >= budget
         means = np.stack([rows[labels == label].mean(axis=0) for label in range(budget)])
         gaps = np.linalg.norm(rows[over, None] - means[None], axis=2)
         labels[over] = gaps.argmin(axis=1)
-        labels = _largest_first(labels)
-    return labels
+        every[place] = _largest_first(labels)
+    return every
 
 
 def _unit_scale(rows: _Rows) -> _Rows:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.cluster import KMeans, MeanShift
+from sklearn.cluster import KMeans, MeanShift, estimate_bandwidth
 from support import structured_sets
 
 from emd_retrieval.matching import EMDMatcher, cluster_nodes
@@ -48,6 +48,22 @@ def test_means_and_sizes_are_scikit_learns(generator):
         )
         np.testing.assert_allclose(got, expected, atol=1e-4)
     assert counts.tolist() == [4] * 3
+
+
+@pytest.mark.parametrize("bandwidth", [1e-6, 0.5, 0.8, 1.1, 1e6, None])
+def test_mean_shift_is_scikit_learns(bandwidth, generator):
+    sets = structured_sets(40, 15, 6, generator, parts=4)
+    _, weights, counts = cluster_nodes(sets, "mean_shift", clusters=15, bandwidth=bandwidth)
+    seen = set()
+    for place, rows in enumerate(sets.double().numpy()):
+        unit = rows / np.sqrt((rows**2).sum(1).mean())
+        radius = estimate_bandwidth(unit) if bandwidth is None else bandwidth
+        labels = MeanShift(bandwidth=radius).fit_predict(unit)
+        sizes = sorted(np.bincount(labels, minlength=15) / 15, reverse=True)
+        np.testing.assert_allclose(weights[place], sizes, atol=1e-6)
+        seen.add(len(np.unique(labels)))
+        assert counts[place] == len(np.unique(labels))
+    assert seen == {15} if bandwidth == 1e-6 else seen == {1} if bandwidth == 1e6 else len(seen) > 1
 
 
 def test_mean_shift_above_the_budget_keeps_the_largest(groups):
