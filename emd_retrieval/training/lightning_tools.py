@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,11 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Lightning's banners and tips are for those who call it; here the caller called us."""
+    """Lightning's banners and tips are for those who call it; here the caller called us.
+
+    Raises:
+        ValueError: If a checkpoint that is gone on from asks for more than plain values.
+    """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -71,6 +76,12 @@ def quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             yield
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to load the file without a guard.
+        raise ValueError(
+            "checkpoint: it asks for more than tensors and plain values, so it was not loaded; "
+            "remove checkpoint.ckpt, and the run starts anew"
+        ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
