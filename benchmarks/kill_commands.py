@@ -200,8 +200,9 @@ def look_at_runs(folder: Path, whole: Path) -> tuple[float, str]:
         if not file.is_file() or "cache" in file.relative_to(folder).parts:
             continue
         if file.name == "checkpoint.ckpt":
-            state = torch.load(file, weights_only=True)
-            progress += state["global_step"]
+            step = torch.load(file, weights_only=True)["global_step"]
+            # A finished run removes its checkpoint.
+            progress += 0 if (file.parent / "run.json").is_file() else step
             furthest = max(furthest, "training", key=STAGES.index)
         elif file.name == "best.safetensors":
             load_file(file)
@@ -261,8 +262,9 @@ READERS: dict[str, Callable[[Path], object]] = {
 """How the files of runs are compared; time and place of a run are no part of its result."""
 
 
-def content_of(file: Path) -> object:
-    return READERS[file.name](file)
+def content_of(file: Path) -> str:
+    """As text, in which what is not a number equals itself."""
+    return str(READERS[file.name](file))
 
 
 def numbers_of(folder: Path) -> dict[str, str]:
@@ -276,7 +278,7 @@ def numbers_of(folder: Path) -> dict[str, str]:
         if name.startswith("cache"):
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
         elif file.name in READERS:
-            found[name] = str(content_of(file))
+            found[name] = content_of(file)
     return found
 
 
@@ -330,7 +332,9 @@ def try_command(
             reached.append(progress)
         run_and_kill(command.run, here, 600)
         found = command.content(here)
-        assert found == expected, f"differs from an undisturbed run: {differing(found, expected)}"
+        wrong = differing(found, expected)
+        shown = {x: (found.get(x), expected.get(x)) for x in wrong[:1]}
+        assert not wrong, f"differs from an undisturbed run: {wrong}, {shown}"
         shutil.rmtree(here)
     stages = ", ".join(f"{stage} {count}" for stage, count in seen.most_common())
     print(

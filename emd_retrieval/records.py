@@ -23,6 +23,7 @@ import pandas as pd
 
 from emd_retrieval._checksums import sealed, unsealed
 from emd_retrieval._files import whole_file, write_text
+from emd_retrieval._tables import as_utf8
 
 _PACKAGES = (
     "emd_retrieval", "torch", "pytorch-metric-learning", "timm", "faiss-cpu", "faiss-gpu", "POT",
@@ -141,7 +142,7 @@ class ResultRecord:
             suffix = "" if number == 0 else "_" + "".join(c if c.isalnum() else "_" for c in name)
             file = folder / f"{self.name}{suffix}.csv"
             with whole_file(file) as partial:
-                table.to_csv(partial, index=False, errors="backslashreplace")
+                as_utf8(table).to_csv(partial, index=False)
             files.append(file)
         files.append(write_text(folder / f"{self.name}.md", self.to_markdown()))
         # The JSON comes last: where it is, the rest is complete.
@@ -203,7 +204,7 @@ def _cell(value: Any) -> str:
 
 
 def _rows(table: pd.DataFrame) -> Any:
-    return json.loads(table.to_json(orient="records", double_precision=10))
+    return json.loads(as_utf8(table).to_json(orient="records", double_precision=10))
 
 
 def _inline(values: Mapping[str, Any]) -> str:

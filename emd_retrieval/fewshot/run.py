@@ -392,6 +392,7 @@ def _finished(
         )
     if not (run / SUMMARY_FILE).is_file():
         return None
+    (run / BEST_FILE).unlink(missing_ok=True)  # it may have been killed just before
     found = load_fewshot_run(run)
     if found.summary["stage"] != stage:
         raise ValueError(
@@ -521,6 +522,8 @@ class _Monitor(Callback):
         """Open the log where the run stands."""
         self._seen = trainer.global_step
         rows = [row for row in read_fewshot_log(self.run) if int(row["step"]) <= self._seen]
+        # What a killed run logged before its first checkpoint, at step 0 too, is logged again.
+        rows = rows if self._seen else []
         lines = [",".join(_COLUMNS), *(",".join(row[c] for c in _COLUMNS) for row in rows)]
         write_text(self.run / LOG_FILE, "\n".join(lines) + "\n")
         if self._seen == 0 and self.validate_first:

@@ -31,7 +31,8 @@ class RunLog:
 
     def __init__(self, run: Path, step: int = 0) -> None:
         self._path = run / LOG_FILE
-        kept = [row for row in read_log(run) if int(row["step"]) <= step]
+        # What a killed run logged before its first checkpoint, at step 0 too, is logged again.
+        kept = [row for row in read_log(run) if int(row["step"]) <= step] if step else []
         lines = [",".join(_COLUMNS), *(",".join(row[c] for c in _COLUMNS) for row in kept)]
         write_text(self._path, "\n".join(lines) + "\n")
         self._board: Any = None

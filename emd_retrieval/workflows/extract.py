@@ -304,8 +304,14 @@ def read_skipped(store: Path) -> dict[str, tuple[int, str]]:
     path = store / SKIPPED
     if not path.is_file():
         return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {row["id"]: (int(row["row"]), row["reason"]) for row in csv.DictReader(file)}
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        try:
+            return {row["id"]: (int(row["row"]), row["reason"]) for row in csv.DictReader(file)}
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ValueError(
+                f"store: {path} was altered and cannot be read ({error}); remove it, and what it "
+                "listed is tried again"
+            ) from error
 
 
 def write_skipped(store: Path, skipped: Mapping[str, tuple[int, str]]) -> None:
@@ -320,8 +326,8 @@ def write_skipped(store: Path, skipped: Mapping[str, tuple[int, str]]) -> None:
     table.writerows((name, row, reason) for name, (row, reason) in skipped.items())
     # Always the same temporary name, so that a killed run leaves none behind.
     partial = path.with_name(_PARTIAL)
-    # Names of files that are no UTF-8 are told as they can be.
-    partial.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace", newline="")
+    # Names of files that are no UTF-8 keep their bytes.
+    partial.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape", newline="")
     partial.replace(path)
 
 

@@ -68,7 +68,7 @@ def read_image_list(path: Path) -> ImageList:
         what = f"no image ({', '.join(sorted(IMAGE_SUFFIXES))})" if path.is_dir() else "no path"
         raise FileNotFoundError(f"images: {path} has {what} in it")
     values: list[Any] = images.ids.tolist() if isinstance(images.ids, np.ndarray) else images.ids
-    twice = pd.Series(values).duplicated()
+    twice = pd.Series(values, dtype=object).duplicated()
     if twice.any():
         raise ValueError(
             f"images: {int(twice.sum())} ids of {path.name} appear twice, the first is "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from emd_retrieval._checks import check_finite
-from emd_retrieval._tables import read_table
+from emd_retrieval._tables import read_arrays, read_table
 from emd_retrieval.features import global_vectors, unpack
 from emd_retrieval.retrieval import Ranking
 from emd_retrieval.retrieval.metrics import relevant_counts
@@ -262,11 +261,7 @@ def _matrix_of(table: pd.DataFrame, path: Path) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    _check_file(path)
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path.name}: not a readable .npy array ({error})") from error
+    array = read_arrays(path)
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path.name}: an archive of arrays (.npz), expected a single .npy array")
     return array
@@ -274,8 +269,3 @@ def _read_npy(path: Path) -> np.ndarray:
 
 def _read_table(path: Path) -> pd.DataFrame:
     return read_table(path, ("id", "query", "path", "label"))
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from emd_retrieval._checks import check_finite
+from emd_retrieval._tables import read_arrays
 from emd_retrieval.datasets import UnreadableImageError
 from emd_retrieval.datasets.image_folder import IMAGE_SUFFIXES
 from emd_retrieval.features import Extractor, global_vectors, unpack
@@ -49,6 +52,8 @@ class SearchSettings:
             ``qdrant``, the store's own global vectors are searched.
         index_ids: Store ids of the index's positions: ``.npy``, or a text file with an id a line.
         index_parameters: Search parameters by FAISS's names.
+        normalize: Scale the queries' global vectors to unit norm for an index or Qdrant. ``False``
+            where the gallery's have norms of their own and are compared by L2.
         candidates: A ready shortlist, see :meth:`CandidateTable.read`.
         qdrant: A Qdrant server's URL, or the folder of the embedded mode.
         collection: The Qdrant collection.
@@ -70,6 +75,7 @@ class SearchSettings:
     index: Path | None = None
     index_ids: Path | None = None
     index_parameters: Mapping[str, float] = field(default_factory=dict)
+    normalize: bool = True
     candidates: Path | None = None
     qdrant: str | None = None
     collection: str | None = None
@@ -93,6 +99,7 @@ class Queries:
         vectors: Global vectors. Shape: ``[Q, G]``.
         skipped: Id of each image that was left out, and why.
         extractor: What made the nodes; ``None`` where they came as arrays.
+        paths: The images' files; empty where they came as arrays.
     """
 
     ids: Sequence[Any]
@@ -100,6 +107,7 @@ class Queries:
     vectors: Tensor
     skipped: Mapping[str, str] = field(default_factory=dict)
     extractor: Extractor | None = None
+    paths: Sequence[Path] = ()
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -151,10 +159,12 @@ def first_stage(settings: SearchSettings, store: LocalFeatureStore, queries: Que
         stage = FaissIndexShortlist.read(
             settings.index,
             ids=_index_ids(settings, store),
+            normalize=settings.normalize,
             parameters=settings.index_parameters,
         )
     elif settings.candidates is not None:
-        stage = CandidateTable.read(settings.candidates).of(queries.ids)
+        table = CandidateTable.read(settings.candidates, ids=store.manifest.ids)
+        stage = table.of(queries.ids)
     elif settings.qdrant is not None:
         if settings.collection is None:
             raise ValueError("collection: expected the name of the Qdrant collection, got none")
@@ -162,6 +172,7 @@ def first_stage(settings: SearchSettings, store: LocalFeatureStore, queries: Que
         stage = QdrantShortlist(
             settings.collection,
             id_key=settings.id_key,
+            normalize=settings.normalize,
             **where,  # type: ignore[arg-type]
         )
     elif store.manifest.global_channels is None:
@@ -178,7 +189,11 @@ def first_stage(settings: SearchSettings, store: LocalFeatureStore, queries: Que
 
 
 def own_ids(queries: Queries, store: LocalFeatureStore) -> NDArray[Any]:
-    """The queries' ids as the store's kind. Shape: ``[Q]``.
+    """The queries' ids in the store, to leave them out of their answers. Shape: ``[Q]``.
+
+    The id of an image is its path below the folder, or the list's, that was passed. The store's may
+    begin further up: then the longest end of the file's path that is in the store is meant. Warns
+    if not one query is in the store.
 
     Raises:
         ValueError: If they are of the other kind.
@@ -190,7 +205,35 @@ def own_ids(queries: Queries, store: LocalFeatureStore) -> NDArray[Any]:
             f"exclude_self: the queries' ids are {'numbers' if is_number else 'names'}, those of "
             f"the store {store.path.name} are not; a query cannot be found in its answer"
         )
-    return array.astype(np.int64) if is_number else array.astype(object)
+    own: NDArray[Any] = array.astype(np.int64 if is_number else object)
+    if not is_number and queries.paths:
+        own[:] = _names_in_store(own.tolist(), queries.paths, store)
+    if len(own) and not bool(store.contains(own).any()):
+        warnings.warn(
+            f"exclude_self: none of the {len(own)} queries is in the store {store.path.name}, so "
+            f"nothing is left out; the first is {own[0]!r}, an id of the store is "
+            f"{store.ids_at([0])[0] if len(store) else None!r}",
+            stacklevel=2,
+        )
+    return own
+
+
+def _names_in_store(
+    names: Sequence[str], paths: Sequence[Path], store: LocalFeatureStore
+) -> list[str]:
+    """For each image the longest end of its path that the store has, or its name as it is."""
+    ends: list[list[str]] = []
+    for name, path in zip(names, paths, strict=True):
+        parts = Path(os.path.abspath(path)).parts[1:]  # noqa: PTH100 (links are not followed)
+        some = ["/".join(parts[start:]) for start in range(len(parts))]
+        # An id that is no path, of a table for instance, stands for itself.
+        ends.append(some if name in some else [name])
+    there = iter(store.contains([end for some in ends for end in some]).tolist())
+    found = []
+    for name, some in zip(names, ends, strict=True):
+        known = [end for end in some if next(there)]
+        found.append(known[0] if known else name)
+    return found
 
 
 def _index_ids(settings: SearchSettings, store: LocalFeatureStore) -> Any:
@@ -203,7 +246,8 @@ def _index_ids(settings: SearchSettings, store: LocalFeatureStore) -> Any:
     if path.suffix == ".npy":
         array = _load_array(path, "index_ids")
         return array if array.dtype.kind in "iu" else [str(name) for name in array.tolist()]
-    names = path.read_text(encoding="utf-8").splitlines()
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    names = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if store.manifest.ids == "string":
         return names
     if not all(name.strip().lstrip("-").isdecimal() for name in names):
@@ -245,6 +289,11 @@ def _read_arrays(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
     check_finite(f"queries ({path.name})", nodes)
     if ids is not None and ids.shape != (len(nodes),):
         raise ValueError(f"queries: expected {len(nodes)} ids, got shape {list(ids.shape)}")
+    if ids is not None and len(set(ids.tolist())) < len(ids):
+        name, count = Counter(ids.tolist()).most_common(1)[0]
+        raise ValueError(
+            f"queries: expected each id of {path.name} once, got {name!r} {count} times"
+        )
     if settings.query_vectors is not None:
         if not settings.query_vectors.is_file():
             raise FileNotFoundError(f"query_vectors: no file {str(settings.query_vectors)!r}")
@@ -330,7 +379,7 @@ def _extract(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
     chosen = ids[rows].tolist() if isinstance(ids, np.ndarray) else [ids[row] for row in rows]
     found = torch.cat(nodes).clone(), torch.cat(pooled).clone()
     check_finite("queries", found[0])
-    return Queries(chosen, *found, skipped, extractor)
+    return Queries(chosen, *found, skipped, extractor, [images.paths[row] for row in rows])
 
 
 def extraction_of(settings: SearchSettings, store: LocalFeatureStore) -> ExtractImages:
@@ -401,13 +450,9 @@ def _load_array(path: Path, name: str) -> Any:
 def _load(path: Path, name: str) -> Any:
     """An array of ``.npy``, or the arrays of ``.npz`` by name; nothing is unpickled."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            return {key: loaded[key] for key in loaded.files}
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{name}: {path.name} is not readable ({error})") from error
+        return read_arrays(path)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _float32(array: NDArray[Any]) -> Tensor:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from emd_retrieval._checks import check_choice, check_positive
 from emd_retrieval._files import check_folder, whole_file
+from emd_retrieval._tables import as_utf8
 from emd_retrieval.records import ResultRecord
 from emd_retrieval.retrieval import (
     Candidates,
@@ -191,13 +192,21 @@ def ranking_table(queries: Queries, answer: Reranking) -> pd.DataFrame:
     names = np.asarray(queries.ids)
     return pd.DataFrame(
         {
-            "query": names[query],
+            "query": _column(names[query]),
             "rank": place + 1,
-            "id": ids[query, place],
+            "id": _column(ids[query, place]),
             "similarity": answer.similarities[query, place],
             "score": answer.scores[query, place],
         }
     )
+
+
+def _column(values: Any) -> pd.Series[Any]:
+    """Ids as a column; names of files that are no UTF-8 only fit as Python's own text."""
+    try:
+        return pd.Series(values)
+    except UnicodeEncodeError:
+        return pd.Series(values, dtype=object)
 
 
 def notes_of(queries: Queries) -> tuple[str, ...]:
@@ -210,12 +219,14 @@ def notes_of(queries: Queries) -> tuple[str, ...]:
 
 
 def save_ranking(ranking: pd.DataFrame, output: Path, suffix: str) -> None:
-    """Write the ranking, whole or not at all."""
+    """Write the ranking, whole or not at all; one that an earlier run left otherwise goes."""
     with whole_file(output / f"ranking.{suffix}") as partial:
         if suffix == "csv":
-            ranking.to_csv(partial, index=False)
+            as_utf8(ranking).to_csv(partial, index=False)
         else:
-            ranking.to_parquet(partial, index=False)
+            as_utf8(ranking).to_parquet(partial, index=False, write_page_checksum=True)
+    for other in {"csv", "parquet"} - {suffix}:
+        (output / f"ranking.{other}").unlink(missing_ok=True)
 
 
 def save_skipped(queries: Queries, output: Path) -> None:
@@ -225,4 +236,4 @@ def save_skipped(queries: Queries, output: Path) -> None:
         file.unlink(missing_ok=True)
         return
     with whole_file(file) as partial:
-        skipped_table(queries.skipped).to_csv(partial, index=False)
+        as_utf8(skipped_table(queries.skipped)).to_csv(partial, index=False)

@@ -34,6 +34,7 @@ from emd_retrieval.workflows.rerank import (
 
 _ITSELF = 0.9999
 _SIDE = 200
+_PICTURES = ("answer.png", "match.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,8 @@ def search_image(
     )
     if output is not None:
         save_ranking(ranking, Path(output), settings.format)
+        for file in _PICTURES:
+            (Path(output) / file).unlink(missing_ok=True)  # of an earlier run
         if settings.images is not None:
             figures = _save_pictures(settings, store, queries, ranking, Path(output))
             record = record.with_figures(figures)
@@ -127,7 +130,7 @@ def _save_pictures(
     figure = answer_figure(
         np.asarray(ImageOps.contain(query, (2 * _SIDE, 2 * _SIDE))),
         [None if p is None else np.asarray(ImageOps.fit(p, (_SIDE, _SIDE))) for p in pictures],
-        [Path(name).stem for name in names],
+        [utf8_text(Path(name).stem) for name in names],
         ranking["similarity"].tolist(),
     )
     save_figure(figure, output / "answer.png")
@@ -159,7 +162,7 @@ def _save_pictures(
         flow=match.flow.numpy(),
         cost=match.cost.numpy(),
         similarity=float(match.similarity),
-        title=f"{settings.queries.name} and answer {place + 1}",
+        title=utf8_text(f"{settings.queries.name} and answer {place + 1}"),
     )
     save_figure(match_figure([picture]), output / "match.png")
     return [*files, "match.png"]

@@ -168,5 +168,12 @@ def _relevant(
     counts = gallery.value_counts()
     relevant = torch.tensor([int(counts.get(label, 0)) for label in labels])
     if settings.exclude_self:
-        relevant -= store.contains(own_ids(queries, store)).long()
+        own = own_ids(queries, store)
+        stored = store.contains(own).tolist()
+        # Only what was counted is taken off: the gallery may have the query under another label.
+        counted = [
+            there and label_of[name] == label
+            for name, there, label in zip(own.tolist(), stored, labels, strict=True)
+        ]
+        relevant -= torch.tensor(counted).long()
     return relevant

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from emd_retrieval.retrieval import LocalFeatureStore, StoreDamagedError, StoreLockedError
-from emd_retrieval.retrieval.store import CODECS
+from emd_retrieval.retrieval.store import CODECS, StoreManifest
 from emd_retrieval.retrieval.store.codecs import encode, split
 
 N, D, G = 5, 8, 6
@@ -450,3 +450,17 @@ def test_reading_touches_only_its_rows(path):
         store.nodes([7, 8])
     with pytest.raises(StoreDamagedError, match="damaged: 49 of 50 sets: row 0, row 1"):
         store.verify()
+
+
+def test_the_id_that_stands_for_none_is_refused(path):
+    with LocalFeatureStore.create(path, channels=D, nodes=N) as writer:
+        with pytest.raises(ValueError, match=r"^ids: expected none to be -1, .* got it at 1$"):
+            writer.append([4, -1], torch.ones(2, N, D))
+        writer.append([4, -2], torch.ones(2, N, D))
+    assert LocalFeatureStore.open(path).ids.tolist() == [4, -2]
+
+
+def test_one_default_for_the_size_of_shards(path):
+    LocalFeatureStore.create(path, channels=D, nodes=N).close()
+    made = LocalFeatureStore.open(path).manifest.shard_rows
+    assert made == StoreManifest(channels=D, nodes=N, codec="float32").shard_rows == 4_194_304

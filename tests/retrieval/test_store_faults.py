@@ -502,3 +502,89 @@ def test_parts_of_different_settings_are_not_joined(path):
     create_part(path, 1, 2, **{**PART, "codec": "int8"}).close()
     with pytest.raises(ValueError, match=r"codec: .* written with 'int8', got 'float32'"):
         join_parts(path, 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+def test_a_lock_that_is_not_taken_leaves_no_handle_open(store, monkeypatch):
+    def count():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def full(handle, data):
+        raise OSError(28, "No space left on device")
+
+    before = count()
+    with monkeypatch.context() as patch:
+        patch.setattr("emd_retrieval.retrieval.store.lock.os.write", full)
+        for _ in range(5):
+            with pytest.raises(OSError, match="No space left"):
+                LocalFeatureStore.append_to(store)
+    assert count() == before
+    with LocalFeatureStore.append_to(store):
+        for _ in range(5):
+            with pytest.raises(StoreLockedError):
+                LocalFeatureStore.append_to(store)
+    assert count() == before
+
+
+def test_a_writer_that_is_dropped_lets_the_next_one_in(store, sets):
+    writer = LocalFeatureStore.append_to(store)
+    writer.append(["lost"], sets[:1], sets[:1, 0])
+    with pytest.raises(StoreLockedError):
+        LocalFeatureStore.append_to(store)
+    del writer
+    LocalFeatureStore.append_to(store).close()
+    assert LocalFeatureStore.open(store, verify=True).ids == names()
+
+
+def test_a_forked_child_leaves_the_writers_lock_alone(store):
+    """Neither the process id in it, which messages tell, nor what keeps others out."""
+    writer = LocalFeatureStore.append_to(store)
+
+    def drop():
+        nonlocal writer
+        del writer
+
+    child = in_process(drop)
+    child.join()
+    assert child.exitcode == 0
+    queue = multiprocessing.get_context("fork").Queue()
+    rival = in_process(tell_refusal, store, queue)
+    assert f"is being written by process {os.getpid()};" in queue.get(timeout=30)
+    rival.join()
+    writer.close()
+
+
+def tell_refusal(path, queue):
+    try:
+        LocalFeatureStore.append_to(path)
+    except StoreLockedError as error:
+        queue.put(str(error))
+    else:
+        queue.put("not refused")
+
+
+@pytest.mark.parametrize("what", ["index-13.bin", "deleted-1.bin", "store.json"])
+def test_each_file_that_cannot_be_written_is_named_and_leaves_nothing(
+    store, sets, monkeypatch, what
+):
+    before = {file: file.read_bytes() for file in store.rglob("*.*") if file.is_file()}
+    real = os.fsync
+
+    def full(handle):
+        if Path(f"/proc/self/fd/{handle}").resolve().name.startswith(what):
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+
+    def append():
+        with LocalFeatureStore.append_to(store) as writer:
+            writer.append(["x"], sets[:1], sets[:1, 0])
+
+    def delete():
+        LocalFeatureStore.open(store).delete(names()[:1])
+
+    with pytest.raises(OSError, match=f"No space left on device: .*{what}"):
+        (delete if what.startswith("deleted") else append)()
+    monkeypatch.undo()
+    assert {file: file.read_bytes() for file in store.rglob("*.*") if file.is_file()} == before

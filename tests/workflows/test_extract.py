@@ -350,3 +350,31 @@ def test_bad_shards_and_outputs(settings, image_folder):
         extract_images(replace(settings, store=image_folder / "wren" / "00.png"))
     with pytest.raises(FileExistsError, match="exists and is no store"):
         extract_images(replace(settings, store=image_folder))
+
+
+def test_lists_with_a_byte_order_mark_and_names_that_are_no_utf_8(image_folder, tmp_path):
+    odd = os.fsdecode(b"wr\xe9n.png")
+    shutil.copy(image_folder / "wren" / "01.png", tmp_path / odd)
+    shutil.copy(image_folder / "wren" / "01.png", tmp_path / "a\u2028b.png")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfwr\xe9n.png\r\n" + "a\u2028b.png\n".encode())
+    images = read_image_list(tmp_path / "list.txt")
+    assert images.ids == [odd, "a\u2028b.png"]
+    assert all(path.is_file() for path in images.paths)
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfpath,id\na.png,007\nNA,NA\n")
+    table = read_image_list(tmp_path / "t.csv")
+    assert table.ids == ["007", "NA"]
+    assert [path.name for path in table.paths] == ["a.png", "NA"]
+
+
+def test_an_unreadable_image_whose_name_is_no_utf_8_is_known_again(settings, tmp_path):
+    folder = tmp_path / "birds"
+    shutil.copytree(settings.images, folder)
+    odd = os.fsdecode(b"a\xe9.png")
+    (folder / odd).write_bytes(b"no image")
+    lenient = replace(settings, images=folder, skip_errors=True)
+    assert set(extract_images(lenient).skipped) == {odd}
+    assert set(read_skipped(settings.store)) == {odd}
+    assert extract_images(lenient).stored == 0
+    (settings.store / "skipped.csv").write_text("id,row,reason\na.png,x1,no image\n")
+    with pytest.raises(ValueError, match=r"skipped\.csv was altered and cannot be read"):
+        extract_images(lenient)

@@ -133,10 +133,10 @@ def test_embeddings_that_do_not_fit(name, content, channels, node, message, tmp_
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.npy", b"", r"^a\.npy: not a readable \.npy array \("),
-        ("a.npy", b"not an array", r"^a\.npy: not a readable \.npy array \("),
-        ("a.npy", b"PK\x03\x04 broken archive", r"^a\.npy: not a readable \.npy array \("),
-        ("a.npy", np.array([{"x": 1}], dtype=object), r"^a\.npy: not a readable .* allow_pickle"),
+        ("a.npy", b"", r"^a\.npy is not a readable file of arrays \("),
+        ("a.npy", b"not an array", r"^a\.npy is not a readable file of arrays \("),
+        ("a.npy", b"PK\x03\x04 broken archive", r"^a\.npy is not a readable file of arrays \("),
+        ("a.npy", np.array([{"x": 1}], dtype=object), r"^a\.npy is not a readable .* allow_pickle"),
         ("a.parquet", b"no table", r"^a\.parquet is not a readable table \("),
         ("a.parquet", b"", r"^a\.parquet is not a readable table \("),
         ("a.parquet", NESTED, r"^embeddings: expected a flat list of numbers in every row of col"),

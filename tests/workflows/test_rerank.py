@@ -1,7 +1,10 @@
 """Re-ranking, searching and tuning from end to end, on stores made by ``extract``."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -10,8 +13,10 @@ import pytest
 import torch
 from small_data import BACKBONE, CLASSES, write_images, write_weights
 
+from emd_retrieval._tables import read_table
 from emd_retrieval.datasets import UnreadableImageError
 from emd_retrieval.matching import EMDMatcher
+from emd_retrieval.records import ResultRecord
 from emd_retrieval.retrieval import LocalFeatureStore
 from emd_retrieval.workflows import (
     ExtractImages,
@@ -23,8 +28,10 @@ from emd_retrieval.workflows import (
     rerank_queries,
     search_image,
     train_recipe,
+    tune,
     tune_queries,
 )
+from emd_retrieval.workflows.queries import read_queries
 from emd_retrieval.workflows.train import Machine
 
 COUNT, NODES, CHANNELS = 60, 6, 16
@@ -190,7 +197,7 @@ def test_inputs_that_do_not_fit(tmp_path, gallery, image_folder):
         (np.ones((3, 17), np.float32), r"multiple of channels = 16"),
         (np.ones((3, 16), int), r"floating-point sets .* got int64 \[3, 16\]"),
         (np.full((3, 16), np.nan, np.float32), r"queries \(bad\.npy\): expected finite"),
-        (np.array([{}], dtype=object), r"bad\.npy is not readable"),
+        (np.array([{}], dtype=object), r"bad\.npy is not a readable file"),
     ):
         np.save(bad, array)
         with pytest.raises(ValueError, match=words):
@@ -205,7 +212,7 @@ def test_inputs_that_do_not_fit(tmp_path, gallery, image_folder):
     with pytest.raises(ValueError, match=r"500 of its 560 ids of other\.faiss \(560 vectors\)"):
         rerank_queries(settings_of(gallery, index=tmp_path / "other.faiss"))
     index = faiss.index_factory(8, "IDMap,Flat")
-    index.add_with_ids(np.ones((COUNT, 8), np.float32), np.arange(COUNT) + 500)
+    index.add_with_ids(np.full((COUNT, 8), 8**-0.5, np.float32), np.arange(COUNT) + 500)
     faiss.write_index(index, str(tmp_path / "other.faiss"))
     with pytest.raises(ValueError, match=r"other\.faiss has 8 dimensions, .* have 16"):
         rerank_queries(settings_of(gallery, index=tmp_path / "other.faiss"))
@@ -398,3 +405,130 @@ def test_global_vectors_that_nodes_do_not_tell_are_asked_for(tmp_path, image_fol
         rerank_queries(queries)
     _, ranking = rerank_queries(replace(queries, queries=tmp_path / "both.npz"))
     assert ranking["id"].tolist() == store.ids_at(torch.arange(2))
+
+
+def test_a_ranking_of_an_earlier_run_goes(tmp_path, gallery):
+    out = tmp_path / "out"
+    rerank_queries(settings_of(gallery), out)
+    rerank_queries(settings_of(gallery, format="csv", k=2), out)
+    assert [file.name for file in out.glob("ranking.*")] == ["ranking.csv"]
+    rerank_queries(settings_of(gallery, k=3), out)
+    assert [file.name for file in out.glob("ranking.*")] == ["ranking.parquet"]
+    assert len(pd.read_parquet(out / "ranking.parquet")) == 9 * 3
+
+
+def test_pictures_of_an_earlier_search_go(tmp_path, image_store, image_folder, weights):
+    settings = SearchImage(
+        store=image_store, queries=image_folder / "wren" / "01.png", weights=weights, k=2,
+        shortlist=4, images=image_folder,
+    )  # fmt: skip
+    search_image(settings, tmp_path)
+    assert (tmp_path / "answer.png").is_file()
+    search_image(replace(settings, images=None), tmp_path)
+    assert not [file for file in tmp_path.iterdir() if file.suffix == ".png"]
+
+
+def test_a_query_is_left_out_whatever_its_path_begins_with(
+    tmp_path, image_store, image_folder, weights, monkeypatch
+):
+    """A single file's id is its bare name, a subfolder's begins below it; the store's do not."""
+    plain = RerankQueries(store=image_store, queries=image_folder, weights=weights, k=1,
+                          shortlist=5, exclude_self=True)  # fmt: skip
+
+    def itself(queries):
+        _, ranking = rerank_queries(replace(plain, queries=queries))
+        return ranking["id"].tolist()
+
+    assert "wren/01.png" not in itself(image_folder / "wren" / "01.png")
+    below = [f"wren/{Path(name).name}" for name in sorted((image_folder / "wren").iterdir())]
+    assert not [a for a, b in zip(itself(image_folder / "wren"), below, strict=True) if a == b]
+    monkeypatch.chdir(image_folder / "wren")
+    assert "wren/01.png" not in itself(Path("01.png"))
+    # The same name somewhere else is another image.
+    (tmp_path / "tit").mkdir()
+    shutil.copy(image_folder / "wren" / "01.png", tmp_path / "tit" / "elsewhere.png")
+    with pytest.warns(UserWarning, match=r"exclude_self: none of the 1 queries is in the store"):
+        assert itself(tmp_path / "tit" / "elsewhere.png") == ["wren/01.png"]
+
+
+def test_ids_that_an_archive_of_queries_names_twice(tmp_path, gallery):
+    arrays = dict(np.load(tmp_path / "queries.npz"))
+    arrays["ids"][3] = arrays["ids"][1]
+    np.savez(tmp_path / "twice.npz", **arrays)
+    with pytest.raises(ValueError, match=r"expected each id of twice\.npz once, got 501 2 times"):
+        rerank_queries(settings_of(gallery, queries=tmp_path / "twice.npz"))
+
+
+def test_index_of_other_norms_from_the_command(tmp_path, gallery):
+    vectors = 3 * LocalFeatureStore.open(gallery).global_vectors().numpy()
+    index = faiss.index_factory(CHANNELS, "IDMap,Flat", faiss.METRIC_L2)
+    index.add_with_ids(vectors, np.arange(COUNT) + 500)
+    faiss.write_index(index, str(tmp_path / "long.faiss"))
+    long = settings_of(gallery, index=tmp_path / "long.faiss", shortlist=60)
+    with pytest.raises(ValueError, match=r"normalize: long\.faiss compares by L2 .*--no-normalize"):
+        rerank_queries(long)
+    _, ranking = rerank_queries(replace(long, normalize=False))
+    assert set(ranking["query"]) == set(range(500, 509))
+
+
+def test_r_counts_the_query_only_where_the_gallery_has_it_under_the_same_label(tmp_path, gallery):
+    labels = pd.read_csv(tmp_path / "labels.csv")
+    own = labels.iloc[:9].copy()
+    own.loc[0, "label"] = 3  # the gallery has this query under 0
+    own.to_csv(tmp_path / "own.csv", index=False)
+    settings = TuneReranking(
+        store=gallery, queries=tmp_path / "queries.npz", labels=tmp_path / "labels.csv",
+        query_labels=tmp_path / "own.csv", exclude_self=True, alphas=(1.0,), sizes=(5,),
+    )  # fmt: skip
+    store = LocalFeatureStore.open(gallery)
+    label_of = dict(zip(labels["id"], labels["label"], strict=True))
+    queries = read_queries(settings, store)
+    asked = own["label"].tolist()
+    relevant = tune._relevant(settings, queries, store, asked, label_of)
+    assert relevant.tolist() == [10, *[9] * 8]
+
+
+def test_names_that_are_no_utf_8_are_written_down(tmp_path, image_folder, weights):
+    folder = tmp_path / "birds"
+    shutil.copytree(image_folder / "wren", folder)
+    odd = os.fsdecode(b"wr\xe9n.png")
+    shutil.copy(folder / "01.png", folder / odd)
+    store = tmp_path / "odd.store"
+    extract_images(
+        ExtractImages(
+            images=folder, store=store, backbone=BACKBONE, weights=weights, crop=64, resize=64
+        )
+    )
+    for suffix in ("parquet", "csv"):
+        settings = RerankQueries(
+            store=store, queries=folder, weights=weights, k=2, shortlist=5, format=suffix
+        )
+        _, ranking = rerank_queries(settings, tmp_path / "out")
+        assert odd in ranking["query"].tolist()
+        read = read_table(tmp_path / "out" / f"ranking.{suffix}", ("query", "id"))
+        assert "wr\\udce9n.png" in read["query"].tolist()
+    record, answers = search_image(
+        SearchImage(store=store, queries=folder / odd, weights=weights, k=2, shortlist=5,
+                    images=folder), tmp_path / "one")  # fmt: skip
+    assert odd in answers["id"].tolist()
+    assert (
+        "wr\\udce9n.png" in ResultRecord.load(tmp_path / "one" / "search.json").table["id"].tolist()
+    )
+    assert record.figures
+
+
+def test_files_with_a_byte_order_mark(tmp_path, image_folder, image_store, weights):
+    """Windows' editors begin text with one."""
+    names = sorted(p.relative_to(image_folder).as_posix() for p in image_folder.rglob("*.png"))
+    text = "\ufeff" + "\r\n".join(names) + "\r\n"
+    (tmp_path / "names.txt").write_bytes(text.encode())
+    vectors = LocalFeatureStore.open(image_store).global_vectors()
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(torch.nn.functional.normalize(vectors).numpy())
+    faiss.write_index(index, str(tmp_path / "birds.faiss"))
+    settings = RerankQueries(
+        store=image_store, queries=image_folder, weights=weights, k=1, shortlist=3,
+        index=tmp_path / "birds.faiss", index_ids=tmp_path / "names.txt",
+    )  # fmt: skip
+    _, ranking = rerank_queries(settings)
+    assert ranking["id"].tolist() == ranking["query"].tolist()

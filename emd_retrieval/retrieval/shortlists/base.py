@@ -15,6 +15,7 @@ from emd_retrieval.retrieval.candidates import Candidates
 from emd_retrieval.retrieval.store import LocalFeatureStore
 
 _SAMPLED = 10_000
+_UNIT = 0.05
 _SHOWN = 5
 
 
@@ -61,11 +62,34 @@ def query_array(
             f"vectors: {what} has {channels} dimensions, the queries' global vectors have {width}; "
             "both must come from the same model and layer"
         )
-    vectors = vectors.detach().float().cpu()
+    array: NDArray[np.float32] = vectors.detach().float().cpu().contiguous().numpy()
     if normalize:
-        vectors = torch.nn.functional.normalize(vectors, dim=1)
-    array: NDArray[np.float32] = vectors.contiguous().numpy()
+        lengths = np.sqrt(np.einsum("qg,qg->q", array, array))
+        array = array / np.maximum(lengths, np.float32(1e-12))[:, None]
     return array
+
+
+def check_unit_norms(vectors: NDArray[np.float32], is_short: bool, what: str) -> None:
+    """Raise if vectors that are compared by L2 with queries of unit norm have other norms.
+
+    The order of L2 distances to a query depends on its norm unless all vectors have one norm.
+
+    Args:
+        vectors: Some of what is searched. Shape: ``[n, G]``.
+        is_short: They come from codes that may have shortened them: only longer ones count.
+        what: What messages call it.
+
+    Raises:
+        ValueError: With the smallest and the largest norm.
+    """
+    norms = np.linalg.norm(vectors, axis=1)
+    usual = float(np.median(norms)) if len(norms) else 1.0
+    if usual > 1 + _UNIT or (usual < 1 - _UNIT and not is_short):
+        raise ValueError(
+            f"normalize: {what} compares by L2 and its vectors are not of unit norm ({len(norms)} "
+            f"looked at: {norms.min():.3g} to {norms.max():.3g}), so queries must not be scaled to "
+            "it: pass normalize=False (--no-normalize)"
+        )
 
 
 def check_count(k: int) -> None:

@@ -14,15 +14,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emd_retrieval._checks import check_tensor
-from emd_retrieval.retrieval.candidates import Candidates, Ids
+from emd_retrieval.retrieval.candidates import ABSENT, Candidates, Ids
 from emd_retrieval.retrieval.shortlists.base import (
     check_count,
     check_ids_in_store,
+    check_unit_norms,
     query_array,
 )
 from emd_retrieval.retrieval.store import LocalFeatureStore
 
 _READ_AT_ONCE = 2**24
+_NORMS = 100
+_FAITHFUL = (
+    faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat,
+    faiss.IndexScalarQuantizer, faiss.IndexIVFScalarQuantizer, faiss.IndexHNSWSQ,
+)  # fmt: skip
+_SHORTENING = (faiss.IndexPQ, faiss.IndexIVFPQ, faiss.IndexHNSWPQ)
 
 
 class FaissIndexShortlist:
@@ -43,7 +50,8 @@ class FaissIndexShortlist:
 
     Raises:
         ValueError: If the index is empty, not trained or of another metric, a parameter is not its,
-            or ``ids`` does not fit.
+            ``ids`` does not fit, or queries are to be scaled to unit norm while its vectors, which
+            it compares by L2, have other norms (as far as the index can give vectors back).
 
     Example:
         >>> shortlist = FaissIndexShortlist.from_matrix(torch.eye(3), ids=[10, 20, 30])
@@ -77,6 +85,8 @@ class FaissIndexShortlist:
         self.channels, self.size = int(index.d), int(index.ntotal)
         self._is_l2 = index.metric_type == faiss.METRIC_L2
         self._kind = type(faiss.downcast_index(index)).__name__
+        if normalize and self._is_l2:
+            check_unit_norms(*_some_vectors(index), name)
         self._own_ids = _own_ids(index)
         self._names = _names(ids, self.size, name)
         self._index = _on_device(index, device)
@@ -148,16 +158,22 @@ class FaissIndexShortlist:
         """
         check_count(k)
         queries = query_array(vectors, self.channels, self.name, normalize=self.normalize)
-        found, numbers = self._index.search(queries, k)
+        try:
+            found, numbers = self._index.search(queries, k)
+        except RuntimeError as error:
+            raise ValueError(
+                f"index: {self.name} cannot be searched; it may be damaged "
+                f"({' '.join(str(error).split())[-160:]})"
+            ) from error
         scores = 1 - found / 2 if self._is_l2 else found
-        absent = numbers < 0
-        scores = np.where(absent, np.float32(-np.inf), scores).astype(np.float32)
+        absent = numbers == ABSENT
+        scores[absent] = -np.inf
         if np.isnan(scores).any():
             raise ValueError(
                 f"index: {self.name} gave scores that are not numbers; its vectors are damaged or "
                 "were not finite"
             )
-        ids: Any = numbers.astype(np.int64)
+        ids: Any = numbers
         if self._names is not None:
             if numbers.max(initial=-1) >= self.size:
                 raise ValueError(
@@ -212,6 +228,43 @@ def _own_ids(index: Any) -> NDArray[np.int64] | None:
     if isinstance(index, faiss.IndexIVF):
         return None
     return np.arange(index.ntotal)
+
+
+def _some_vectors(index: Any) -> tuple[NDArray[np.float32], bool]:
+    """Some vectors of an index, and whether its codes may have shortened them.
+
+    There are none where it does not give them back, or gives others than it was given (PCA, LSH).
+    Shape: ``[n, G]``.
+    """
+    index = faiss.downcast_index(index)
+    if hasattr(index, "id_map"):
+        index = faiss.downcast_index(index.index)
+    is_short = isinstance(index, _SHORTENING)
+    if not is_short and not isinstance(index, _FAITHFUL):
+        return np.empty((0, index.d), np.float32), False
+    some = np.empty((min(_NORMS, index.ntotal), index.d), np.float32)
+    try:
+        if isinstance(index, faiss.IndexIVF):
+            places = _ivf_places(index, len(some))
+            for row, (number, offset) in zip(some, places, strict=True):
+                index.reconstruct_from_offset(number, offset, faiss.swig_ptr(row))
+        else:
+            for row, place in zip(some, np.linspace(0, index.ntotal - 1, len(some)), strict=True):
+                index.reconstruct(int(place), row)
+    except RuntimeError:  # of another kind, which keeps no vectors or cannot find them
+        return some[:0], False
+    return some, is_short
+
+
+def _ivf_places(index: Any, count: int) -> list[tuple[int, int]]:
+    """List and offset of the first vectors of as many inverted lists as it takes."""
+    places: list[tuple[int, int]] = []
+    for number in range(index.nlist):
+        size = index.invlists.list_size(number)
+        places += [(number, offset) for offset in range(min(size, count - len(places)))]
+        if len(places) == count:
+            break
+    return places
 
 
 def _names(ids: Any, size: int, name: str) -> Ids | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from emd_retrieval.retrieval.candidates import Candidates, Ids
 from emd_retrieval.retrieval.shortlists.base import (
     check_count,
     check_ids_in_store,
+    check_unit_norms,
     query_array,
 )
 from emd_retrieval.retrieval.store import LocalFeatureStore
 
 _BATCH = 64
 _SAMPLED = 1000
+_NORMS = 100
 
 
 class QdrantShortlist:
@@ -39,10 +43,14 @@ class QdrantShortlist:
         id_key: Payload entry that holds the store's id; by default the point's own number.
         search_params: Qdrant's own, for instance ``{"hnsw_ef": 128}``.
         timeout: Seconds to wait for the server.
+        normalize: Scale queries to unit norm, as a collection of unit vectors wants them.
 
     Raises:
         ImportError: If ``qdrant-client`` is not installed.
         ValueError: If there is no such collection, or its metric or vectors do not fit.
+
+    A client that is opened here is closed by :meth:`close`, as a context manager, or with the
+    shortlist's end; the embedded mode lets nobody else into its folder until then.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class QdrantShortlist:
         id_key: str | None = None,
         search_params: dict[str, Any] | None = None,
         timeout: int = 60,
+        normalize: bool = True,
     ) -> None:
         try:
             qdrant: Any = import_module("qdrant_client")
@@ -73,12 +82,35 @@ class QdrantShortlist:
                 client = qdrant.QdrantClient(":memory:")
             else:
                 client = qdrant.QdrantClient(path=str(path))
+            self._close: Callable[[], Any] = weakref.finalize(self, client.close)
+        else:
+            self._close = _nothing
         self._client = client
         self._models = qdrant.models
         self.collection = collection
         self.vector_name = vector_name
         self.id_key = id_key
         self.search_params = dict(search_params or {})
+        self.normalize = normalize
+        try:
+            self.channels, self.metric = self._vectors()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> QdrantShortlist:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the client, if it was opened here; again is harmless."""
+        self._close()
+
+    def _vectors(self) -> tuple[int, str]:
+        """Dimensions and metric of the collection."""
+        client, collection, vector_name = self._client, self.collection, self.vector_name
         if not client.collection_exists(collection):
             names = sorted(c.name for c in client.get_collections().collections)
             raise ValueError(
@@ -92,13 +124,12 @@ class QdrantShortlist:
                     f"{', '.join(sorted(vectors))}; pass vector_name, got {vector_name!r}"
                 )
             vectors = vectors[vector_name]
-        self.channels = int(vectors.size)
-        self.metric = str(vectors.distance.value)
-        if self.metric not in ("Cosine", "Dot", "Euclid"):
+        metric = str(vectors.distance.value)
+        if metric not in ("Cosine", "Dot", "Euclid"):
             raise ValueError(
-                f"qdrant: {collection!r} has the metric {self.metric}; expected Cosine, Dot or "
-                "Euclid"
+                f"qdrant: {collection!r} has the metric {metric}; expected Cosine, Dot or Euclid"
             )
+        return int(vectors.size), metric
 
     def search(self, vectors: Tensor | NDArray[Any], k: int) -> Candidates:
         """The ``k`` nearest of each query, best first.
@@ -110,7 +141,7 @@ class QdrantShortlist:
         """
         check_count(k)
         what = f"collection {self.collection!r}"
-        queries = query_array(vectors, self.channels, what, normalize=True)
+        queries = query_array(vectors, self.channels, what, normalize=self.normalize)
         found: list[list[tuple[Any, float]]] = []
         for start in range(0, len(queries), _BATCH):
             answers = self._client.query_batch_points(
@@ -138,7 +169,8 @@ class QdrantShortlist:
         """Raise unless the ids of the collection's first points are in the store.
 
         Raises:
-            ValueError: If some are not, with the numbers.
+            ValueError: If some are not, with the numbers; or if queries are scaled to unit norm,
+                but the points, which are compared by their distance, are not.
         """
         points, _ = self._client.scroll(
             self.collection,
@@ -146,6 +178,16 @@ class QdrantShortlist:
             with_payload=[self.id_key] if self.id_key else False,
             with_vectors=False,
         )
+        if self.normalize and self.metric == "Euclid":
+            some, _ = self._client.scroll(
+                self.collection, limit=_NORMS, with_payload=False, with_vectors=True
+            )
+            vectors = [point.vector for point in some]
+            if self.vector_name is not None:
+                vectors = [named[self.vector_name] for named in vectors]
+            check_unit_norms(
+                np.array(vectors, np.float32), False, f"collection {self.collection!r}"
+            )
         names = [self._id_of(point) for point in points]
         ids: Any = names
         if names and not any(isinstance(name, str) for name in names):
@@ -183,3 +225,7 @@ class QdrantShortlist:
                 "payload"
             )
         return payload[self.id_key]
+
+
+def _nothing() -> None:
+    """In place of closing a client that is the caller's."""

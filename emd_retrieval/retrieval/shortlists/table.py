@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emd_retrieval._tables import TABLES, read_table
+from emd_retrieval._tables import TABLES, read_arrays, read_table
 from emd_retrieval.retrieval.candidates import ABSENT, Candidates, Ids, as_ids, as_scores
 from emd_retrieval.retrieval.shortlists.base import check_count, check_ids_in_store
 from emd_retrieval.retrieval.store import LocalFeatureStore
@@ -145,12 +144,11 @@ class CandidateTable:
 
 def _read_arrays(path: Path) -> CandidateTable:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, BadZipFile, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"candidates: {path.name} is not a readable archive of arrays ({error})"
-        ) from error
+        arrays = read_arrays(path)
+    except ValueError as error:
+        raise ValueError(f"candidates: {error}") from error
+    if isinstance(arrays, np.ndarray):
+        raise ValueError(f"candidates: {path.name} is a single array, expected an archive (.npz)")
     if "ids" not in arrays:
         raise ValueError(
             f"candidates: expected an array 'ids' in {path.name}, "

@@ -477,9 +477,7 @@ class ShardWriter:
     def committed(self) -> None:
         """A manifest has :meth:`record` now: index files that it does not name can go."""
         self._committed = self.record()
-        for path in self._folder.glob("index-*.bin"):
-            if path.name not in self._records:
-                path.unlink()
+        self._remove_indexes(self._committed)
 
     def roll_back(self, named: ShardRecord | None = None) -> None:
         """Cut off what no manifest has, so that a full disk gets its room back.
@@ -493,6 +491,12 @@ class ShardWriter:
             if os.fstat(file.fileno()).st_size > size:
                 file.truncate(size)
             file.seek(size)
+        self._remove_indexes(kept)
+
+    def _remove_indexes(self, kept: ShardRecord) -> None:
+        for path in self._folder.glob("index-*.bin"):
+            if path.name not in kept.files:
+                path.unlink()
 
     def close(self) -> None:
         """Close the files; again is harmless."""

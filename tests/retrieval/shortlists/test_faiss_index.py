@@ -178,3 +178,47 @@ def test_truncated_altered_and_foreign_files(tmp_path, vectors):
     file.write_bytes(altered)
     with pytest.raises(ValueError, match=r"was altered: it does not fit some\.index\.sha256"):
         FaissIndexShortlist.read(file)
+
+
+@pytest.mark.parametrize(
+    "factory", ["Flat", "IDMap,Flat", "HNSW8", "IVF8,Flat", "SQ8", "PQ8x4", "IVF4,PQ8x4"]
+)
+def test_an_l2_index_of_other_norms_wants_queries_as_they_are(vectors, queries, factory):
+    long = vectors * torch.linspace(2, 5, SIZE)[:, None]
+    ids = np.arange(SIZE) if factory.startswith("IDMap") else None
+    index = built(factory, long, faiss.METRIC_L2, ids)
+    message = r"g\.faiss compares by L2 and its vectors .* \(100 looked at: .*--no-normalize"
+    with pytest.raises(ValueError, match=message):
+        FaissIndexShortlist(index, name="g.faiss")
+    plain = FaissIndexShortlist(index, normalize=False, parameters=ivf(factory))
+    if factory in ("Flat", "IDMap,Flat", "IVF8,Flat"):
+        expected = torch.cdist(3 * queries, long).argmin(dim=1)
+        assert plain.search(3 * queries, 1).ids[:, 0].tolist() == expected.tolist()
+    assert FaissIndexShortlist(built(factory, vectors, faiss.METRIC_L2, ids)).size == SIZE
+    # Inner products rank the same for any scale of the query.
+    assert FaissIndexShortlist(built(factory, long, ids=ids)).size == SIZE
+
+
+def ivf(factory):
+    return {"nprobe": 8} if factory == "IVF8,Flat" else {}
+
+
+@pytest.mark.parametrize("factory", ["PCA8,Flat", "LSH", "OPQ8,IVF4,PQ8x4"])
+def test_what_gives_no_vectors_back_is_taken_as_it_is(vectors, factory):
+    index = built(factory, 3 * vectors, faiss.METRIC_L2)
+    assert FaissIndexShortlist(index).size == SIZE
+
+
+def test_negative_ids_are_ids_and_minus_one_is_none(tmp_path, vectors):
+    numbers = np.arange(SIZE) - SIZE - 1
+    store = store_of(tmp_path / "n.store", numbers)
+    shortlist = FaissIndexShortlist(built("IDMap,Flat", vectors, ids=numbers))
+    shortlist.check(store)
+    found = shortlist.search(vectors[:2], SIZE + 1)
+    assert found.ids[:, 0].tolist() == [-601, -600]
+    assert found.ids[0, -1] == -1
+    assert (np.isneginf(found.scores) == (found.ids == -1)).all()
+    with pytest.raises(ValueError, match=r"^ids: expected none to be -1, which stands for no"):
+        store_of(tmp_path / "x.store", [3, -1, 4])
+    with pytest.raises(ValueError, match=r"1 of its 600 ids .* are not in the store n\.store"):
+        FaissIndexShortlist(built("IDMap,Flat", vectors, ids=numbers + 1)).check(store)

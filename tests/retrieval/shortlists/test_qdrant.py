@@ -70,3 +70,41 @@ def test_refusals(vectors):
     good = QdrantShortlist("birds", client=client_with(vectors, models.Distance.DOT))
     with pytest.raises(ValueError, match=r"collection 'birds' has 8 dimensions, .* have 4"):
         good.search(torch.ones(1, 4), 2)
+
+
+def test_points_of_other_norms_want_queries_as_they_are(tmp_path, vectors):
+    long = vectors * torch.linspace(2, 5, 40)[:, None]
+    with LocalFeatureStore.create(tmp_path / "s", channels=8, nodes=1) as writer:
+        writer.append(np.arange(40), vectors[:, None])
+    store = LocalFeatureStore.open(tmp_path / "s")
+    client = client_with(long, models.Distance.EUCLID)
+    with pytest.raises(ValueError, match=r"collection 'birds' compares by L2 .*--no-normalize"):
+        QdrantShortlist("birds", client=client).check(store)
+    plain = QdrantShortlist("birds", client=client, normalize=False)
+    plain.check(store)
+    expected = torch.cdist(vectors[:3], long).argmin(dim=1)
+    assert plain.search(vectors[:3], 1).ids[:, 0].tolist() == expected.tolist()
+    QdrantShortlist("birds", client=client_with(long, models.Distance.DOT)).check(store)
+
+
+def test_a_client_of_its_own_is_closed(tmp_path, vectors):
+    """The embedded mode lets one client at a time into its folder."""
+    folder = tmp_path / "q"
+    client = qdrant.QdrantClient(path=str(folder))
+    client.create_collection(
+        "birds", vectors_config=models.VectorParams(size=8, distance=models.Distance.DOT)
+    )
+    client.close()
+    with QdrantShortlist("birds", path=folder) as first:
+        with pytest.raises(RuntimeError, match="already accessed"):
+            QdrantShortlist("birds", path=folder)
+        assert first.channels == 8
+    with pytest.raises(ValueError, match="no collection 'cats'"):
+        QdrantShortlist("cats", path=folder)
+    dropped = QdrantShortlist("birds", path=folder)
+    del dropped
+    QdrantShortlist("birds", path=folder).close()
+    # One that is the caller's stays open.
+    mine = client_with(vectors, models.Distance.DOT)
+    QdrantShortlist("birds", client=mine).close()
+    assert mine.collection_exists("birds")

@@ -5,7 +5,12 @@ import pandas as pd
 import pytest
 import torch
 
-from emd_retrieval.retrieval import Candidates, CandidateTable, LocalFeatureStore
+from emd_retrieval.retrieval import (
+    Candidates,
+    CandidateTable,
+    EMDReranker,
+    LocalFeatureStore,
+)
 
 
 def rows(**columns):
@@ -94,7 +99,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"expected \.parquet, \.csv or \.npz, got t\.txt"):
         CandidateTable.read(tmp_path / "t.txt")
     np.savez(tmp_path / "pickled.npz", ids=np.array([[{"a": 1}]], dtype=object))
-    with pytest.raises(ValueError, match=r"not a readable archive"):
+    with pytest.raises(ValueError, match=r"pickled\.npz is not a readable file of arrays"):
         CandidateTable.read(tmp_path / "pickled.npz")
     np.savez(tmp_path / "other.npz", vectors=np.ones(3))
     with pytest.raises(ValueError, match=r"expected an array 'ids' in other\.npz, got vectors"):
@@ -109,3 +114,38 @@ def test_queries_without_candidates():
         table.of(["1"])
     with pytest.raises(ValueError, match=r"query of the table once, got 1 more .* is 1$"):
         CandidateTable([1, 1], Candidates(np.array([[1], [2]])))
+
+
+def test_ids_of_a_csv_stay_as_they_are(tmp_path):
+    """Leading zeros, NA and a byte-order mark; plain numbers are numbers unless text is wanted."""
+    file = tmp_path / "t.csv"
+    text = "query,id,score\n007,0012,0.5\n007,NA,0.4\nNA,null,0.9\n12,1.0,0.1\n"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    table = CandidateTable.read(file).of(["007", "NA", "12"])
+    assert table.candidates.ids.tolist() == [["0012", "NA"], ["null", None], ["1.0", None]]
+    file.write_text("query,id\n7,12\n7,-1\n")
+    numbers = CandidateTable.read(file)
+    assert numbers.queries == (7,)
+    assert numbers.candidates.ids.tolist() == [[12, -1]]
+    assert CandidateTable.read(file, ids="string").candidates.ids.tolist() == [["12", "-1"]]
+    file.write_text("query,id\n7,12\n,4\n")
+    with pytest.raises(ValueError, match=r"t\.csv has rows without a value for 'query'"):
+        CandidateTable.read(file)
+    file.write_text("query,id\n7,99999999999999999999\n")
+    assert CandidateTable.read(file).candidates.ids.tolist() == [["99999999999999999999"]]
+
+
+def test_a_query_that_an_archive_names_twice_is_named(tmp_path):
+    file = tmp_path / "c.npz"
+    np.savez(file, ids=np.ones((4, 1), np.int64), queries=np.array(["a", "b", "a", "a"]))
+    message = r"^queries: expected each query of c\.npz once, got 2 more than once, .* is 'a'$"
+    with pytest.raises(ValueError, match=message):
+        CandidateTable.read(file)
+
+
+def test_candidates_twice_in_one_answer_are_named(tmp_path):
+    with LocalFeatureStore.create(tmp_path / "s", channels=2, nodes=1) as writer:
+        writer.append(np.arange(6), torch.ones(6, 1, 2))
+    reranker = EMDReranker(LocalFeatureStore.open(tmp_path / "s"))
+    with pytest.raises(ValueError, match=r"each id once a query, but query 1 has 4 twice \(1 of 2"):
+        reranker.rerank(torch.ones(2, 1, 2), [[1, 2, 3], [4, 5, 4]], k=1)
