@@ -44,6 +44,7 @@ def evaluate_episodes(
     nodes: Tensor,
     episodes: Episodes,
     *,
+    bank: BankT | None = None,
     memory_mb: float = 32.0,
     description: str | None = None,
 ) -> EpisodeScores:
@@ -56,6 +57,8 @@ def evaluate_episodes(
         classifier: Any classifier of this room.
         nodes: Local features of the whole collection. Shape: ``[n, N, D]``.
         episodes: Rows of ``nodes``.
+        bank: What the classifier prepared of ``nodes``, for several evaluations of one; prepared
+            here by default.
         memory_mb: Rough bound on the prepared images that are worked on at once, in MiB.
             Blocks above 32 MiB are fetched from the system anew each time, which is slow.
         description: Shows a progress bar under this name.
@@ -83,7 +86,7 @@ def evaluate_episodes(
         torch.no_grad(),
         progress_counter(description, total=len(episodes), unit="episode") as bar,
     ):
-        bank = classifier.prepare(nodes)
+        bank = classifier.prepare(nodes) if bank is None else bank
         chunk = max(1, int(memory_mb * 2**20 / (images * bank.image_bytes)))
         for start in range(0, len(episodes), chunk):
             part = episodes.at(slice(start, start + chunk))

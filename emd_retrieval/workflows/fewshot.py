@@ -222,6 +222,7 @@ class Bench:
     collection: ImageCollection
     machine: Machine
     _nodes: Tensor | None = field(default=None, init=False, repr=False)
+    _bank: tuple[str, Any] = field(default=("", None), init=False, repr=False)
 
     @property
     def nodes(self) -> Tensor:
@@ -258,8 +259,18 @@ class Bench:
             self.recipe.matching if matcher is None else matcher,
             sfc_learning_rate=self.recipe.test.sfc_learning_rate,
         )
-        description = f"{name}, {episodes.way}-way {episodes.shot}-shot"
-        return evaluate_episodes(classifier, self.nodes, episodes, description=description)
+        # Clusters of all images take longer than their episodes: ways and shots share them.
+        key = str(classifier.describe())
+        if self._bank[0] != key:
+            with torch.no_grad():
+                self._bank = (key, classifier.prepare(self.nodes))
+        return evaluate_episodes(
+            classifier,
+            self.nodes,
+            episodes,
+            bank=self._bank[1],
+            description=f"{name}, {episodes.way}-way {episodes.shot}-shot",
+        )
 
 
 def trial_episodes(
