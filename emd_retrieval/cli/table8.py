@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emd_retrieval.cli.options import add_report_option
-from emd_retrieval.cli.train import add_machine, machine_of
+from emd_retrieval.cli.train import add_compile, add_machine, machine_of
 
 EXAMPLES = """examples:
   the paper's table on the paper's data (resnet50.tv_in1k from timm's hub, a GPU):
@@ -53,6 +53,7 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     add_report_option(parser)
     add_machine(parser)
+    add_compile(parser)
     parser.set_defaults(run=run)
     return parser
 

@@ -13,6 +13,9 @@ EXAMPLES = """examples:
   another learning rate and pyramid (overrides come right after the recipe):
     emd-retrieval train recipes/retrieval/cub200_resnet50/arcface.yaml \\
         optimization.learning_rate=3e-6 "model.pyramid=[5, 2, 1]" --data CUB_200_2011 --run runs/a
+  on four GPUs, every pair of a batch compared as on one:
+    emd-retrieval train recipes/retrieval/cub200_resnet50/arcface.yaml --data CUB_200_2011 \\
+        --run runs/a4 --device cuda --devices 4
   classes 1-50 of CUB, the trunk frozen, weights from a file, test classes left alone:
     emd-retrieval train recipes/retrieval/cub50_efficientnet_lite0/contrastive.yaml \\
         --data CUB_200_2011 --weights tf_efficientnet_lite0.safetensors --run runs/c \\
@@ -41,6 +44,12 @@ def add_command(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--validate-only", action="store_true", help="leave the test classes alone")
     add_machine(parser)
+    add_compile(parser)
+    several = parser.add_argument_group("several devices")
+    several.add_argument("--devices", type=int, default=1, metavar="N",
+                         help="train on N of them, a process each (1)")  # fmt: skip
+    several.add_argument("--nodes", type=int, default=1, metavar="N",
+                         help="machines, the same command on each (1)")  # fmt: skip
     parser.set_defaults(run=run)
     return parser
 
@@ -60,6 +69,14 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--workers", type=int, metavar="N", help="decoding processes (by cores)")
 
 
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """``--compile``, for commands that cache features of frozen trunks."""
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="compile a frozen trunk before features are cached: pays from some thousand on",
+    )  # fmt: skip
+
+
 def machine_of(options: argparse.Namespace) -> Any:
     """What :func:`add_machine`'s options say."""
     from emd_retrieval import workflows
@@ -67,11 +84,14 @@ def machine_of(options: argparse.Namespace) -> Any:
     from emd_retrieval.features.extraction import default_workers
 
     set_threads(options.threads)
+    more = {name: getattr(options, name) for name in ("devices", "nodes") if name in options}
     return workflows.Machine(
         cache=options.cache,
         weights=options.weights,
         device=torch_device(options.device),
         num_workers=default_workers() if options.workers is None else options.workers,
+        compiled=getattr(options, "compile", False),
+        **more,
     )
 
 
@@ -93,4 +113,5 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed,
         )
     )
-    print_record(record, options.folder)
+    if record is not None:  # the other processes of several devices leave that to the first
+        print_record(record, options.folder)

@@ -14,6 +14,7 @@ import lightning
 import numpy as np
 import torch
 import torch.distributed
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from emd_retrieval._checksums import check_archive
@@ -66,11 +67,14 @@ class TrainedRun:
         path: Its folder: ``model.safetensors``, ``recipe.yaml``, ``run.json`` and ``log.csv``.
         model: With its best weights.
         summary: ``run.json``: steps, best step, validation metrics, weights, data, versions.
+        is_first: False in all but one of the processes that trained together; what is to be done
+            once is left to that one.
     """
 
     path: Path
     model: TrainedModel
     summary: dict[str, Any]
+    is_first: bool = True
 
 
 def train(
@@ -127,7 +131,8 @@ def train(
     _check_same_run(recipe, run, described)
     if (run / SUMMARY_FILE).is_file():
         _clear(run, keep_checkpoint)  # it may have been killed just before
-        return TrainedRun(run, load_model(run, weights=weights), read_summary(run))
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        return TrainedRun(run, load_model(run, weights=weights), read_summary(run), first)
     model = build_model(recipe, weights=weights)
     write_text(run / RECIPE_FILE, recipe.to_yaml())
     started = weights_record(model, weights)
@@ -156,6 +161,7 @@ def train(
         workers=workers,
     )
     began = time.monotonic()
+    grouped = torch.distributed.is_initialized()
     trainer = _fit(
         task, batches, monitor, run, accelerator, devices, nodes, strategy, threads, description
     )
@@ -181,7 +187,12 @@ def train(
         )
         _clear(run, keep_checkpoint)
     trainer.strategy.barrier()
-    return TrainedRun(run, load_model(run, weights=weights), read_summary(run))
+    if torch.distributed.is_initialized() and not grouped:
+        # What follows is one process's work; a later run may be of other processes.
+        torch.distributed.destroy_process_group()
+    return TrainedRun(
+        run, load_model(run, weights=weights), read_summary(run), trainer.is_global_zero
+    )
 
 
 def _clear(run: Path, keep_checkpoint: bool) -> None:

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -31,9 +33,10 @@ from emd_retrieval.training.draws import generator_of
 from emd_retrieval.training.recipe import ViewSettings
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 # Up to here the features of a run are held in memory; beyond, they are read from the files.
 _RESIDENT_BYTES = 4 * 2**30
+_CONTENTS: WeakKeyDictionary[ImageCollection, str] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ class TrunkCache:
             "weights": self._weights,
             "bf16": self.bf16,
             "view": cut,
-            "images": collection.describe()["sha256"],
+            "images": contents_checksum(collection),
         }
         # As it comes back from JSON, so that tuples and lists do not differ.
         plain: dict[str, Any] = json.loads(json.dumps(settings))
@@ -269,6 +272,22 @@ def state_checksum(module: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def contents_checksum(collection: ImageCollection) -> str:
+    """SHA-256 of what is in the images, in order: the bytes of files, or the pixels in memory."""
+    # Losses, seeds and views ask for the same collection; reading it all takes seconds.
+    if collection not in _CONTENTS:
+        digest = hashlib.sha256()
+        for image in collection.images:
+            if isinstance(image, Path):
+                with image.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            else:
+                digest.update(f"{image.shape}\n".encode())
+                digest.update(np.ascontiguousarray(image).data)
+        _CONTENTS[collection] = digest.hexdigest()
+    return _CONTENTS[collection]
 
 
 def _is_whole(path: Path, rows: int) -> bool:

@@ -73,7 +73,8 @@ def summarize_cells(
     """Pool seeds, and put 95 % intervals on values, gains over Raw and gains over controls.
 
     A query's scores are averaged over seeds; then queries are drawn again, the same ones for every
-    cell, so that all differences are paired. How far seeds differ is told apart from that.
+    cell, so that all differences are paired. How far seeds differ is told apart from that. Cells of
+    which different seeds are there are not held against each other: they have no gain or edge.
 
     Args:
         scores: For each cell a row a query and a column a metric, in percent.
@@ -95,7 +96,8 @@ def summarize_cells(
     }
     pooled = np.stack([np.mean(list(by_seed[v].values()), axis=0) for v in variants], axis=1)
     draws = bootstrap_means(pooled.reshape(len(pooled), -1), seed=seed, resamples=resamples)
-    sample = _Sample(variants, pooled.mean(axis=0), draws.reshape(-1, *pooled.shape[1:]))
+    seeds = {variant: frozenset(by_seed[variant]) for variant in variants}
+    sample = _Sample(variants, seeds, pooled.mean(axis=0), draws.reshape(-1, *pooled.shape[1:]))
     means = {v: {s: values.mean(axis=0) for s, values in by_seed[v].items()} for v in variants}
     return CellSummary(_cells(sample, means), _means(sample))
 
@@ -129,14 +131,24 @@ def bootstrap_means(values: Float, *, seed: int = 0, resamples: int = 10_000) ->
 class _Sample:
     """Means of the variants, and the same of every resample: differences are paired by nature."""
 
-    def __init__(self, variants: Sequence[Cell], mean: Float, draws: Float) -> None:
+    def __init__(
+        self,
+        variants: Sequence[Cell],
+        seeds: Mapping[Cell, frozenset[int]],
+        mean: Float,
+        draws: Float,
+    ) -> None:
         self.variants = variants
+        self._seeds = seeds
         self._place = {variant: place for place, variant in enumerate(variants)}
         self._mean = mean
         self._draws = draws
 
-    def __contains__(self, variant: Cell) -> bool:
-        return variant in self._place
+    def compares(self, variant: Cell, other: Cell) -> bool:
+        """Whether both are there, of the same seeds."""
+        return {variant, other} <= self._seeds.keys() and (
+            self._seeds[variant] == self._seeds[other]
+        )
 
     def interval(
         self, name: str, variants: Sequence[Cell], against: Sequence[Cell] = ()
@@ -164,9 +176,7 @@ def _cells(sample: _Sample, means: Mapping[Cell, Mapping[int, Float]]) -> pd.Dat
     for variant in sample.variants:
         raw, method = _raw_of(variant), replace(variant, control="")
         seeds = means[variant]
-        common = sorted(set(seeds) & set(means.get(raw, {})))
         spread = _spread([seeds[s] for s in seeds])
-        gain_spread = _spread([seeds[s] - means[raw][s] for s in common])
         value = sample.interval("value", [variant])
         gain = sample.interval("gain", [variant], [raw]) if _gains(sample, variant) else None
         edge = sample.interval("edge", [method], [variant]) if _edges(sample, variant) else None
@@ -181,6 +191,7 @@ def _cells(sample: _Sample, means: Mapping[Cell, Mapping[int, Float]]) -> pd.Dat
                 "spread": float(spread[i]),
             }
             if gain is not None:
+                gain_spread = _spread([seeds[s] - means[raw][s] for s in seeds])
                 row |= {**gain[i], "gain_spread": float(gain_spread[i])}
             if edge is not None:
                 row |= edge[i]
@@ -244,11 +255,11 @@ def _raw_of(variant: Cell) -> Cell:
 
 
 def _gains(sample: _Sample, variant: Cell) -> bool:
-    return variant.method != RAW and _raw_of(variant) in sample
+    return variant.method != RAW and sample.compares(variant, _raw_of(variant))
 
 
 def _edges(sample: _Sample, variant: Cell) -> bool:
-    return bool(variant.control) and replace(variant, control="") in sample
+    return bool(variant.control) and sample.compares(variant, replace(variant, control=""))
 
 
 def _spread(means: Sequence[Float]) -> Float:

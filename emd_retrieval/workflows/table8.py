@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from emd_retrieval.reports.table8 import (
 )
 from emd_retrieval.training import METHODS, Recipe, TrainedModel, build_model
 from emd_retrieval.training.model import WEIGHTS_FILE, load_state, read_summary
+from emd_retrieval.training.recipe import RANDOM_WEIGHTS
+from emd_retrieval.training.trunk_cache import state_checksum
 from emd_retrieval.workflows.cell_explorer import choose_cells, explore_cells
 from emd_retrieval.workflows.cell_scores import RAW, Cell, CellSummary, summarize_cells
 from emd_retrieval.workflows.explorer import EXPLORER_FILE
@@ -163,21 +165,47 @@ class _Bench:
         self.recipes = recipes
         self.training = training
         self.test = test
+        self._weights: dict[str, str] = {}
 
     def scores(self, cell: Cell) -> pd.DataFrame:
         """Scores of a cell, a row an image."""
         run = self.settings.runs / str(cell)
         recipe = self.recipes[cell]
         found = read_scores(run, recipe, self.test)
-        if found is not None:
-            return found
-        machine = self.settings.machine
-        if cell.control == EVALUATION:
-            model = self._trained_as_raw(cell)
-            keep_recipe(run, recipe)
-        else:
-            model = fit(recipe, run, self.training, machine).model
-        return write_scores(run, score(model, self.test, machine), self.test)
+        if found is None:
+            machine = self.settings.machine
+            if cell.control == EVALUATION:
+                model = self._trained_as_raw(cell)
+                keep_recipe(run, recipe)
+            else:
+                model = fit(recipe, run, self.training, machine).model
+            found = write_scores(run, score(model, self.test, machine), self.test)
+        self._check_weights(cell)
+        return found
+
+    def _check_weights(self, cell: Cell) -> None:
+        """All cells start from the same weights: those that are given, or the first cell's."""
+        recipe = self.recipes[cell]
+        if recipe.model.weights == RANDOM_WEIGHTS and self.settings.machine.weights is None:
+            return
+        trained = replace(cell, method=RAW, control="") if cell.control == EVALUATION else cell
+        run = self.settings.runs / str(trained)
+        found = read_summary(run)["weights"]["backbone_sha256"]
+        name = recipe.model.backbone
+        if name not in self._weights:
+            self._weights[name] = self._given_weights(recipe) or found
+        if found != self._weights[name]:
+            raise ValueError(
+                f"weights: {run} started from other weights of {name} (backbone {found[:12]}...) "
+                f"than this table's ({self._weights[name][:12]}...). Pass the same --weights, or "
+                "take another folder for the runs"
+            )
+
+    def _given_weights(self, recipe: Recipe) -> str | None:
+        file = self.settings.machine.weights
+        if file is None and recipe.model.weights is None:
+            return None
+        return state_checksum(build_model(recipe, weights=file).extractor.backbone)
 
     def _trained_as_raw(self, cell: Cell) -> TrainedModel:
         """The Raw model of a loss and seed, with the nodes of another method."""
@@ -197,6 +225,18 @@ class _Bench:
 def _recipes(settings: Table8) -> dict[Cell, Recipe]:
     """The recipe of every cell, in the order in which they run: a seed's whole table first."""
     check_positive("seeds", settings.seeds)
+    for override in settings.overrides:
+        if override.partition("=")[0].strip() == "seed":
+            raise ValueError(
+                f"overrides: got {override!r}, but a table runs the seeds 0 to N - 1; choose N "
+                "(--seeds)"
+            )
+    if settings.machine.processes > 1:
+        raise ValueError(
+            f"devices: a table trains each cell on one device, got {settings.machine.processes}; "
+            "train single cells on several (emd-retrieval train --run RUNS/LOSS/METHOD/seed0 "
+            "--devices N), and the table reads them"
+        )
     files = recipe_files(settings.recipes)
     known = [name for name in LOSS_NAMES if name in files]
     known += [name for name in files if name not in LOSS_NAMES]
@@ -260,6 +300,12 @@ def _record(
         "The paper's numbers are of another backbone and of all of CUB: its gains are the claim.",
     ]
     notes += [f"Failed: {cell}: {why}" for cell, why in failures.items()]
+    notes += [
+        f"{loss}/{variant} lacks seeds ({len(there)} of {settings.seeds}), so that it is not held "
+        "against cells that have them."
+        for (loss, variant), there in _seeds_of(recipes, failures).items()
+        if 0 < len(there) < settings.seeds
+    ]
     return ResultRecord(
         name="table8",
         title=f"Table 8 on {recipe.data.name} ({settings.recipes.name})",
@@ -277,6 +323,18 @@ def _record(
         seed=settings.seed,
         notes=tuple(notes),
     )
+
+
+def _seeds_of(
+    cells: Iterable[Cell], failures: Mapping[Cell, str]
+) -> dict[tuple[str, str], list[int]]:
+    """Which seeds of each loss and variant did not fail."""
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for cell in cells:
+        there = seeds.setdefault((cell.loss, cell.variant), [])
+        if cell not in failures:
+            there.append(cell.seed)
+    return seeds
 
 
 def _runs(folder: Path, recipes: dict[Cell, Recipe]) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from emd_retrieval._checks import check_positive
 from emd_retrieval._checksums import load_table, save_table
 from emd_retrieval._files import check_folder, write_text
 from emd_retrieval.datasets import ImageCollection, check_readable
@@ -42,14 +43,34 @@ class Machine:
     Attributes:
         cache: Folder for the features of frozen trunks, shared by all runs.
         weights: The backbone's weights file, in place of the recipe's.
-        device: Torch device of the network.
+        device: Torch device of the network: ``"cpu"``, ``"cuda"``, or one of several, ``"cuda:1"``.
+        devices: How many devices of that kind train together.
+        nodes: How many machines with as many devices each (:func:`emd_retrieval.training.train`).
         num_workers: Processes that decode images.
+        compiled: Compile frozen trunks for features that are not cached yet.
     """
 
     cache: Path = Path("runs/trunk_features")
     weights: Path | None = None
     device: str = "cpu"
+    devices: int = 1
+    nodes: int = 1
     num_workers: int = 0
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive("devices", self.devices)
+        check_positive("nodes", self.nodes)
+        if self.processes > 1 and torch.device(self.device).index is not None:
+            raise ValueError(
+                f"device: expected a kind of device, as 'cuda', for {self.processes} processes; "
+                f"got {self.device!r}"
+            )
+
+    @property
+    def processes(self) -> int:
+        """Processes that train together, each on a device of its own."""
+        return self.devices * self.nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +98,9 @@ class TrainRecipe:
     seed: int = 0
 
 
-def train_recipe(settings: TrainRecipe) -> tuple[ResultRecord, RetrievalScores | None]:
+def train_recipe(
+    settings: TrainRecipe,
+) -> tuple[ResultRecord, RetrievalScores | None] | tuple[None, None]:
     """Train a recipe, and evaluate the model on the test classes by the paper's protocol.
 
     Query and gallery are the test images, every pair is compared by the model's own similarity.
@@ -86,7 +109,8 @@ def train_recipe(settings: TrainRecipe) -> tuple[ResultRecord, RetrievalScores |
         settings: What to train, and where.
 
     Returns:
-        The record, which lies in the run's folder as well, and the scores on the test classes.
+        The record, which lies in the run's folder as well, and the scores on the test classes. Of
+        several processes the first one has these, the others none.
 
     Raises:
         FileNotFoundError: If the recipe, data or weights are missing.
@@ -101,6 +125,8 @@ def train_recipe(settings: TrainRecipe) -> tuple[ResultRecord, RetrievalScores |
         )
     training, test = load_data(recipe, settings.data)
     trained = fit(recipe, settings.run, training, settings.machine)
+    if not trained.is_first:
+        return None, None
     tables: dict[str, pd.DataFrame] = {}
     scores = None
     if not settings.validate_only:
@@ -132,14 +158,18 @@ def load_data(recipe: Recipe, folder: Path | None) -> tuple[ImageCollection, Ima
 
 def fit(recipe: Recipe, run: Path, training: ImageCollection, machine: Machine) -> TrainedRun:
     """Train a recipe on this machine; what stands in the folder already goes on."""
+    device = torch.device(machine.device)
     return train(
         recipe,
         run,
         data=training,
         cache=machine.cache,
         weights=machine.weights,
-        accelerator=torch.device(machine.device).type,
+        accelerator=device.type,
+        devices=machine.devices if device.type == "cpu" or device.index is None else [device.index],
+        nodes=machine.nodes,
         workers=machine.num_workers,
+        compiled=machine.compiled,
     )
 
 
@@ -152,6 +182,7 @@ def score(model: TrainedModel, test: ImageCollection, machine: Machine) -> Retri
         device=machine.device,
         bf16=model.recipe.optimization.bf16,
         workers=machine.num_workers,
+        compiled=machine.compiled,
         description="test images",
     )
     return model.evaluate(features, description="all pairs")

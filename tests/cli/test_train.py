@@ -1,5 +1,8 @@
 import json
+import os
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -90,6 +93,19 @@ def test_absent_data_and_recipes(command, capsys, tmp_path):
     assert one_line(capsys).startswith("recipe: no file ")
 
 
+@pytest.mark.slow
+def test_two_processes_train_and_one_writes(command, tmp_path):
+    arguments = [*command("validation.folds=0"), "--devices", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "emd_retrieval.cli", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trained with Contrastive") == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+    assert (tmp_path / "run" / "scores.parquet").is_file()
+
+
 def test_a_run_of_another_recipe(command, capsys):
     assert main(command("optimization.steps=2")) == 0
     capsys.readouterr()
@@ -104,7 +120,7 @@ def test_examples_of_the_help_are_commands_that_parse():
 
     text = (TRAIN + TABLE8).replace("\\\n", " ")
     commands = [shlex.split(line) for line in text.splitlines() if "emd-retrieval " in line]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         assert command[0] == "emd-retrieval"
         options = build_parser().parse_args(command[1:])

@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from training.recipes import small_birds, small_recipe
 
-from emd_retrieval.datasets import ImageDataset
+from emd_retrieval.datasets import ImageDataset, load_images
 from emd_retrieval.features import extract_features
 from emd_retrieval.retrieval import LocalFeatureStore
 from emd_retrieval.retrieval.store import StoreLockedError
@@ -177,3 +178,17 @@ def test_features_that_are_not_finite_name_the_image(cache, birds):
         next(made.extractor.backbone.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match=r"NaN or infinite features for .*/0"):
         replace(made).store(birds)
+
+
+def test_other_pixels_under_the_same_name_and_size_are_other_images(cache, tmp_path):
+    folder = tmp_path / "images" / "wren"
+    folder.mkdir(parents=True)
+
+    def draw(level):
+        image = Image.new("RGB", (48, 48), (level, 90, 120))
+        image.save(folder / "1.bmp")  # no compression: every picture has the same size
+        return load_images(folder.parent)
+
+    one, other = (cache().store(draw(level)).nodes() for level in (40, 200))
+    assert not torch.equal(one, other)
+    assert torch.equal(cache().store(draw(40)).nodes(), one)

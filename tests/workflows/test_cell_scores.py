@@ -15,14 +15,15 @@ def scores(generator, count=40, level=50.0):
 
 @pytest.fixture
 def cells():
-    """Two losses, Raw and FCN in two seeds each, and a control of one."""
+    """Two losses, Raw and FCN in two seeds each, and a control for one of them."""
     generator = np.random.default_rng(0)
     made = {}
     for loss in ("arcface", "contrastive"):
         for method in ("raw", "fcn"):
             for seed in range(2):
                 made[Cell(loss=loss, method=method, seed=seed)] = scores(generator)
-    made[Cell(loss="arcface", method="fcn", control="mean")] = scores(generator)
+    for seed in range(2):
+        made[Cell(loss="arcface", method="fcn", control="mean", seed=seed)] = scores(generator)
     return made
 
 
@@ -65,16 +66,18 @@ def test_the_spread_over_seeds_is_apart(cells):
     gains = [means["fcn", seed] - means["raw", seed] for seed in range(2)]
     assert found["spread"] == pytest.approx(np.std(values, ddof=1))
     assert found["gain_spread"] == pytest.approx(np.std(gains, ddof=1))
-    alone = row(summary.cells, loss="arcface", control="mean", metric="P@1")
-    assert np.isnan(alone["spread"]), "one seed has none"
+    one = {cell: frame for cell, frame in cells.items() if cell.seed == 0}
+    assert summarize_cells(one, resamples=50).cells["spread"].isna().all(), "one seed has none"
 
 
 def test_a_control_is_held_against_its_method(cells):
     summary = summarize_cells(cells, seed=3, resamples=300)
     found = row(summary.cells, loss="arcface", control="mean", metric="MAP@R")
-    method = (cells[Cell(loss="arcface", method="fcn")]["MAP@R"]
-              + cells[Cell(loss="arcface", method="fcn", seed=1)]["MAP@R"]) / 2  # fmt: skip
-    control = cells[Cell(loss="arcface", method="fcn", control="mean")]["MAP@R"]
+    method, control = (
+        (cells[Cell(loss="arcface", method="fcn", control=name)]["MAP@R"]
+         + cells[Cell(loss="arcface", method="fcn", control=name, seed=1)]["MAP@R"]) / 2
+        for name in ("", "mean")
+    )  # fmt: skip
     edge = bootstrap_interval((method - control).to_numpy(), seed=3, resamples=300)
     assert [found["edge"], found["edge_low"], found["edge_high"]] == pytest.approx(
         [edge.mean, edge.low, edge.high]
@@ -129,3 +132,23 @@ def test_resamples_in_parts(monkeypatch):
     whole = bootstrap_means(values, seed=4, resamples=25)
     monkeypatch.setattr("emd_retrieval.workflows.cell_scores._DRAWS_AT_ONCE", 100)
     np.testing.assert_allclose(bootstrap_means(values, seed=4, resamples=25), whole, rtol=1e-12)
+
+
+def test_cells_of_other_seeds_are_not_held_against_each_other(cells):
+    cells.pop(Cell(loss="arcface", method="raw", seed=1))
+    cells.pop(Cell(loss="arcface", method="fcn", control="mean", seed=1))
+    summary = summarize_cells(cells, resamples=50)
+    for metric in METRICS:
+        found = row(summary.cells, loss="arcface", method="fcn", control="", metric=metric)
+        assert found["seeds"] == 2
+        assert np.isnan([found["gain"], found["gain_low"], found["gain_spread"]]).all()
+        # The control is there in seed 0 alone, as Raw is; the method has both seeds.
+        control = row(summary.cells, loss="arcface", method="fcn", control="mean", metric=metric)
+        assert np.isfinite(control["gain"])
+        assert np.isnan(control["edge"])
+        mean = row(summary.means, method="fcn", control="", metric=metric)
+        contrastive = row(
+            summary.cells, loss="contrastive", method="fcn", control="", metric=metric
+        )
+        assert mean["losses"] == 1
+        assert mean["gain"] == pytest.approx(contrastive["gain"])

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import small_data
 from small_recipes import write_recipes
 
 from emd_retrieval.records import ResultRecord
@@ -204,9 +205,48 @@ def test_scores_on_other_images_are_told_and_not_mixed_in(table):
         run_table8(stale)
 
 
+def test_a_failed_seed_leaves_no_gain_and_is_told(
+    tmp_path, recipes, cub, trunk_features, monkeypatch
+):
+    def break_one(recipe, run, *others):
+        if run.parts[-2:] == ("fcn", "seed1"):
+            raise RuntimeError("the disk is full")
+        return train.fit(recipe, run, *others)
+
+    settings = make(tmp_path, recipes, cub, trunk_features, losses=("contrastive",), seeds=2)
+    monkeypatch.setattr(table8, "fit", break_one)
+    record, failures = run_table8(settings, tmp_path / "out")
+    assert len(failures) == 1
+    fcn = record.table[record.table["method"] == "fcn"]
+    assert (fcn["seeds"] == 1).all()
+    assert fcn["gain"].isna().all()
+    assert any(note.startswith("contrastive/fcn lacks seeds (1 of 2)") for note in record.notes)
+
+
+def test_cells_of_other_weights_are_not_mixed_in(tmp_path, recipes, cub):
+    def settings(file, **changes):
+        machine = Machine(cache=tmp_path / "trunk", weights=file)
+        return make(
+            tmp_path, recipes, cub, None, losses=("contrastive",), machine=machine, **changes
+        )
+
+    one, other = (
+        small_data.write_weights(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (0, 1)
+    )
+    assert run_table8(settings(one, methods=("raw",)))[1] == {}
+    with pytest.raises(RuntimeError, match=r"all 1 cells failed.* other weights of test_resnet"):
+        run_table8(settings(other, methods=("raw",)))
+    _, failures = run_table8(settings(other, controls=("evaluation",)))
+    assert {str(cell): "other weights" in why for cell, why in failures.items()} == {
+        "contrastive/raw/seed0": True, "contrastive/fcn-evaluation/seed0": True,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"overrides": ("seed=5",)}, r"overrides: got 'seed=5', but a table runs the seeds 0 to"),
+        ({"machine": Machine(devices=2)}, "devices: a table trains each cell on one device, got 2"),
         ({"losses": ("arcfase",)}, "losses: expected one of normalized_softmax, contrastive; got"),
         ({"methods": ("gird",)}, r"methods: .* \(did you mean 'grid'\?\)"),
         ({"methods": ()}, "methods: expected at least one, got none"),

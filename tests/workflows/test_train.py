@@ -133,3 +133,31 @@ def test_a_trained_run_stands_where_a_backbone_does(settings, cub, tmp_path):
     assert (record.settings["crop"], record.settings["resize"]) == (32, 36)
     with pytest.raises(FileNotFoundError, match=r"^run: .*nowhere is not there"):
         evaluate_images(EvaluateImages(data=cub, model=tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [
+        (Machine(), ("cpu", 1, 1)),
+        (Machine(device="cuda:1"), ("cuda", [1], 1)),
+        (Machine(device="cuda", devices=4, nodes=2), ("cuda", 4, 2)),
+    ],
+)
+def test_training_takes_the_devices_that_are_asked_for(machine, expected, settings, monkeypatch):
+    seen = []
+
+    def train(*_, accelerator, devices, nodes, **__):
+        seen.append((accelerator, devices, nodes))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("emd_retrieval.workflows.train.train", train)
+    with pytest.raises(KeyboardInterrupt):
+        train_recipe(settings(machine=machine))
+    assert seen == [expected]
+
+
+def test_one_device_by_number_is_not_several():
+    with pytest.raises(ValueError, match="device: expected a kind of device, as 'cuda', for 2"):
+        Machine(device="cuda:1", devices=2)
+    with pytest.raises(ValueError, match="devices: expected a positive number, got 0"):
+        Machine(devices=0)
