@@ -1,4 +1,8 @@
-"""The public names: an inventory. Changing it is a decision, with a line in the changelog."""
+"""The public names and their signatures: an inventory.
+
+Changing it is a decision, with a line in the changelog; then ``python tests/test_public_api.py``
+writes the signatures anew. A name that goes takes the way of ``emd_retrieval/_deprecation.py``.
+"""
 
 import importlib
 import inspect
@@ -64,6 +68,7 @@ PUBLIC = [
     "train",
     "unpack",
 ]
+SIGNATURES = Path(__file__).with_name("public_signatures.txt")
 HEAVY = ["torch", "numpy", "pandas", "matplotlib", "timm", "faiss", "pytorch_metric_learning"]
 
 
@@ -92,6 +97,41 @@ def test_every_name_has_types(name):
     assert not untyped
 
 
+def signatures():
+    """A line for each public function, class and method or property that this package defines."""
+    lines = []
+    for name in sorted(PUBLIC):
+        value = getattr(emd_retrieval, name)
+        lines.append(f"{name}{_arguments(value)}")
+        if not inspect.isclass(value):
+            continue
+        for member in sorted(vars(value)):
+            if member.startswith("_"):
+                continue
+            found = inspect.getattr_static(value, member)
+            if isinstance(found, property):
+                lines.append(f"{name}.{member}")
+            elif callable(found) or isinstance(found, classmethod | staticmethod):
+                lines.append(f"{name}.{member}{_arguments(getattr(value, member))}")
+    return lines
+
+
+def _arguments(function):
+    """Names, kinds and defaults; annotations are for the type checker."""
+    parameters = [
+        p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()
+    ]
+    # What a default factory gives is told by its kind: its text may hold an address.
+    parameters = [
+        p.replace(default=type(p.default)) if " at 0x" in repr(p.default) else p for p in parameters
+    ]
+    return str(inspect.Signature(parameters))
+
+
+def test_signatures():
+    assert signatures() == SIGNATURES.read_text(encoding="utf-8").splitlines()
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         _ = emd_retrieval.no_such_name
@@ -111,3 +151,7 @@ def test_version_is_the_one_of_the_packaging():
     packaging = Path(__file__).parents[1] / "pyproject.toml"
     project = tomllib.loads(packaging.read_text(encoding="utf-8"))["project"]
     assert emd_retrieval.__version__ == project["version"]
+
+
+if __name__ == "__main__":
+    SIGNATURES.write_text("\n".join(signatures()) + "\n", encoding="utf-8")
