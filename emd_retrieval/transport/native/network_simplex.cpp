@@ -236,7 +236,7 @@ class NetworkSimplex {
 
   int suppliers_, demanders_;
   Ints cost_[kRows * kColumnVectors];
-  double cost_unit_, cost_base_;
+  double cost_unit_, cost_base_, lift_, unlift_;  // the first two of lifted costs
   float row_mean_[kRows];
   Ints column_mean_[kColumnVectors];
   Ints key_[kRows * kColumnVectors];
@@ -314,18 +314,20 @@ Outcome NetworkSimplex<kRows, kColumns>::load_costs(const Problem<Real>& problem
     quantise(costs, to);
     cost_unit_ = to.unit;
     cost_base_ = to.base;
+    lift_ = unlift_ = 1;
     return Outcome::solved;
   }
   // The scale would leave Real's exponents: first lift the costs to the middle of double's.
-  const double lift = magnitude > 0x1p500 ? 0x1p-600 : half_range < 0x1p-500 ? 0x1p600 : 1;
+  lift_ = magnitude > 0x1p500 ? 0x1p-600 : half_range < 0x1p-500 ? 0x1p600 : 1;
+  unlift_ = 1 / lift_;
   double* const lifted = reinterpret_cast<double*>(staged_);
   for (int i = 0; i < suppliers_; i++)
     for (int j = 0; j < demanders_; j++)
-      lifted[i * kColumns + j] = double(problem.cost[i * demanders_ + j]) * lift;
-  const auto to = scale_for(double(range.low) * lift, double(range.high) * lift, kCostBits);
+      lifted[i * kColumns + j] = double(problem.cost[i * demanders_ + j]) * lift_;
+  const auto to = scale_for(double(range.low) * lift_, double(range.high) * lift_, kCostBits);
   quantise(CostRows<double>{lifted, kColumns}, to);
-  cost_unit_ = to.unit / lift;
-  cost_base_ = to.base / lift;
+  cost_unit_ = to.unit;
+  cost_base_ = to.base;
   return Outcome::solved;
 }
 
@@ -664,10 +666,14 @@ void NetworkSimplex<kRows, kColumns>::write(const Problem<Real>& problem, const 
   double mean = double(sum_of_supply_potentials) / m;
   // A whole number of units leaves potentials that float32 holds without rounding, as far as it can.
   if (sizeof(Real) == sizeof(float)) mean = __builtin_floor(mean + 0.5);
-  for (int i = 0; i < m; i++) plan.supply_potential[i] = Real((potential(i) - mean) * cost_unit_);
-  for (int j = 0; j < n; j++)
-    plan.demand_potential[j] =
-        Real(cost_base_ + (potential(kRows + j) + mean) * cost_unit_);
+  for (int i = 0; i < m; i++) {
+    const double lifted = (potential(i) - mean) * cost_unit_;
+    plan.supply_potential[i] = Real(lifted * unlift_);
+  }
+  for (int j = 0; j < n; j++) {
+    const double lifted = cost_base_ + (potential(kRows + j) + mean) * cost_unit_;
+    plan.demand_potential[j] = Real(lifted * unlift_);
+  }
 }
 
 template <int kRows, int kColumns>
@@ -688,7 +694,7 @@ Outcome NetworkSimplex<kRows, kColumns>::solve(const Problem<Real>& problem, con
     load_shares(problem, totals);
     // One unit for the rounding of the costs, half a unit each, the rest for that of the sums.
     const double base = cost_base_ / cost_unit_;
-    limit = limits.value_per_mass / cost_unit_ - base + 1 + 0x1p-44 * __builtin_fabs(base);
+    limit = limits.value_per_mass * lift_ / cost_unit_ - base + 1 + 0x1p-44 * __builtin_fabs(base);
   }
   // The pivots hide the way from main memory of what comes after them.
   const ptrdiff_t area = ptrdiff_t{suppliers_} * demanders_;
