@@ -6,6 +6,7 @@ the callers in :mod:`emd_retrieval.matching.matcher` differ only in how they lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,15 @@ from torch.autograd.function import once_differentiable
 from emd_retrieval._checks import check_choice, check_tensor
 
 
+def least_norm(dtype: torch.dtype) -> float:
+    """Norms up to this count as zero: the squares behind them have lost digits to underflow.
+
+    3.1e-16 in float32 (and below, where norms are computed in float32), 1e-146 in float64.
+    """
+    finfo = torch.finfo(torch.promote_types(dtype, torch.float32))
+    return math.sqrt(finfo.smallest_normal / finfo.eps)
+
+
 class _Unit(torch.autograd.Function):
     """Division by the norm; torch's own backward walks over the nodes twice as often."""
 
@@ -24,7 +34,7 @@ class _Unit(torch.autograd.Function):
     def forward(ctx: Any, nodes: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(nodes, dim=-1, keepdim=True)
         # A zero node stays zero and gets no gradient; an overflowing norm must not pass as one.
-        inverse = torch.where(norm > 0, norm.reciprocal(), 0) + 0 * norm
+        inverse = torch.where(norm > least_norm(nodes.dtype), norm.reciprocal(), 0) + 0 * norm
         unit: Tensor = nodes * inverse
         ctx.save_for_backward(unit, inverse)
         return unit
@@ -128,10 +138,10 @@ def ground_cost(name: str) -> GroundCost:
 
     ``cosine`` is Equation 2, ``1 - cosine``, in [0, 2]. ``centered_cosine`` first subtracts each
     node's mean over its own channels, as the reference code does; it is 1 - Pearson correlation.
-    A node of zero norm has cosine 0 with every node. ``snr`` is the signal-to-noise distance
-    ``var(q - r) / var(q)`` of nodes of unit norm (:class:`SNRDistance` of pytorch-metric-learning,
-    node by node): zero or more, unbounded and not symmetric; a query node whose channels are all
-    equal has no signal and costs 1 with every node.
+    A node of zero norm (in float32: up to 3.1e-16) has cosine 0 with every node. ``snr`` is the
+    signal-to-noise distance ``var(q - r) / var(q)`` of nodes of unit norm (:class:`SNRDistance` of
+    pytorch-metric-learning, node by node): zero or more, unbounded and not symmetric; a query node
+    whose channels are all equal has no signal and costs 1 with every node.
 
     Raises:
         ValueError: If there is no such ground cost.

@@ -4,13 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from emd_retrieval._checks import check_choice, check_positive, check_tensor
 from emd_retrieval.matching.clusters import METHODS
+
+
+class _Shares(torch.autograd.Function):
+    """Weights over their sum; torch's own backward squares that sum, and tiny ones underflow."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, total: float) -> Tensor:
+        # Keeps an all-zero set from dividing zero by zero; it is far below any real weight.
+        least = torch.finfo(weights.dtype).tiny * 1e6
+        safe = weights.clamp_min(least)
+        factor = total / safe.sum(dim=-1, keepdim=True)
+        shares: Tensor = safe * factor
+        ctx.total = total
+        ctx.save_for_backward(shares, factor, weights >= least)
+        return shares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shares, factor, passes = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, shares).unsqueeze(-1) / ctx.total
+        return (grad - along) * factor * passes, None
 
 
 def normalize_weights(weights: Tensor, total: float = 1.0) -> Tensor:
@@ -22,9 +45,8 @@ def normalize_weights(weights: Tensor, total: float = 1.0) -> Tensor:
     Shape:
         ``[..., N]`` to ``[..., N]``.
     """
-    # The floor keeps an all-zero set from dividing zero by zero; it is far below any real weight.
-    safe = weights.clamp_min(torch.finfo(weights.dtype).tiny * 1e6)
-    return safe * (total / safe.sum(dim=-1, keepdim=True))
+    shares: Tensor = _Shares.apply(weights, total)
+    return shares
 
 
 class WeighedNodes(NamedTuple):
