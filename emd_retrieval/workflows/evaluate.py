@@ -415,10 +415,8 @@ def _extract(
         # The traceback holds the decoding processes; left to the garbage collector, each of them
         # keeps the program for seconds.
         traceback.clear_frames(error.__traceback__)
-        # A decoding process hands its traceback over as text; the error itself ends it.
-        reason = str(error).strip().rpartition("UnreadableImageError: ")[2]
         raise UnreadableImageError(
-            f"{reason}. Restore or remove the image, or set skip_errors (--skip-errors) to go on "
+            f"{error}. Restore or remove the image, or set skip_errors (--skip-errors) to go on "
             "without unreadable ones"
         ) from error
 

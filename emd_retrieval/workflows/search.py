@@ -10,7 +10,8 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from emd_retrieval._files import check_folder
-from emd_retrieval.datasets import UnreadableImageError, decode_rgb
+from emd_retrieval._tables import utf8_text
+from emd_retrieval.datasets import decode_rgb, path_below
 from emd_retrieval.matching.clusters import METHODS
 from emd_retrieval.records import ResultRecord
 from emd_retrieval.reports import MatchPicture, match_figure, save_figure
@@ -120,8 +121,8 @@ def _save_pictures(
     pictures: list[Image.Image | None] = []
     for name in names:
         try:
-            pictures.append(decode_rgb(settings.images / name))
-        except UnreadableImageError:
+            pictures.append(decode_rgb(path_below(settings.images, name)))
+        except ValueError:  # unreadable, or an id that leads out of the folder
             pictures.append(None)
     if not any(pictures):
         raise FileNotFoundError(
