@@ -160,7 +160,8 @@ def _build(kind: Any, content: Any, where: str) -> Any:
         # Settings classes of other rooms do not know which section they are.
         message = str(error)
         named = not where or message.startswith(f"{where}.")
-        raise ValueError(message if named else f"{where}: {message}") from error
+        joint = "." if message.partition(":")[0] in names else ": "
+        raise ValueError(message if named else f"{where}{joint}{message}") from error
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

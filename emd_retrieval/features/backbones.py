@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from emd_retrieval._checks import check_tensor
 from emd_retrieval.features.resnet12 import ResNet12
 
 _OWN: dict[str, Callable[[], nn.Module]] = {
@@ -60,8 +61,9 @@ class Backbone(nn.Module):
         """Feature maps of normalised images. Shape: ``[B, 3, h, w] -> [B, D, H, W]``.
 
         Raises:
-            ValueError: If the model takes images of another size only.
+            ValueError: If the shape does not fit, or the model takes images of another size only.
         """
+        check_tensor("images", images, ["B", 3, "h", "w"])
         try:
             return self._feature_map(images)
         except AssertionError as error:
@@ -169,7 +171,7 @@ def _check_name(name: str) -> None:
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, [*_OWN, *timm.list_models()], n=3)
         hint = f"; nearest names: {', '.join(near)}" if near else ""
-        raise ValueError(f"backbone: timm has no model {name!r}{hint}")
+        raise ValueError(f"backbone: expected a model of timm, got {name!r}{hint}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:

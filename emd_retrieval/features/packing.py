@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from emd_retrieval._checks import check_tensor
+from emd_retrieval._checks import check_positive, check_tensor
 
 
 def pack(sets: Tensor) -> Tensor:
@@ -47,9 +47,10 @@ def unpack(packed: Tensor, channels: int, *, name: str = "packed") -> Tensor:
         >>> unpack(torch.zeros(4, 14 * 128), 128).shape
         torch.Size([4, 14, 128])
     """
+    check_positive("channels", channels)
     check_tensor(name, packed, ["B", "N*D"])
     width = packed.shape[1]
-    if channels < 1 or width < channels or width % channels:
+    if width < channels or width % channels:
         raise ValueError(
             f"{name}: expected a packed set whose width is a multiple of channels = {channels}, "
             f"got shape {list(packed.shape)}"

@@ -115,7 +115,7 @@ class LossSettings:
     miner_parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_choice("loss", self.name, LOSSES)
+        check_choice("name", self.name, LOSSES)
         _check_parameters(f"{self.name} loss", self.parameters, loss_parameters(self.name))
         if self.miner is None:
             if self.miner_parameters:

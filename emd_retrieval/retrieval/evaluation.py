@@ -263,8 +263,8 @@ def summarize(metrics: pd.DataFrame) -> pd.DataFrame:
 def _check_features(query: FeatureSet, gallery: FeatureSet) -> None:
     if query.nodes.shape[2] != gallery.nodes.shape[2]:
         raise ValueError(
-            f"gallery: its nodes have {gallery.nodes.shape[2]} channels, the queries' "
-            f"{query.nodes.shape[2]}; both must come from the same extractor"
+            f"gallery: expected nodes of {query.nodes.shape[2]} channels, as the queries', "
+            f"got {gallery.nodes.shape[2]}; both must come from the same extractor"
         )
     sides = [("query", query)] + ([("gallery", gallery)] if gallery is not query else [])
     for name, side in sides:
