@@ -300,7 +300,7 @@ def scale(sizes: list[int], queries: int, nprobe: int, keep: Path | None) -> pd.
                 sys.executable, __file__, "--measure", str(folder), "--sizes", str(size),
                 "--queries", str(queries), "--nprobe", str(nprobe),
             ]  # fmt: skip
-            answer = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+            answer = subprocess.run(command, check=True, capture_output=True, text=True)
             rows.append(json.loads(answer.stdout.splitlines()[-1]))
     table = pd.DataFrame(rows)
     table["images"] = table["images"].astype(int).map("{:,}".format)
