@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
+from emd_retrieval._checks import check_positive
 from emd_retrieval.datasets.decoding import UnreadableImageError, decode_rgb, image_size
 from emd_retrieval.progress import progress
 
@@ -118,6 +119,16 @@ class ImageCollection:
             else tuple(self.images[row] for row in rows)
         )
         return replace(self, images=images, labels=self.labels[rows])
+
+    def first_of_each_class(self, count: int) -> ImageCollection:
+        """At most ``count`` images of every class, the first ones; classes keep their numbers.
+
+        Raises:
+            ValueError: If ``count`` is not positive.
+        """
+        check_positive("count", count)
+        kept = [np.flatnonzero(self.labels == label)[:count] for label in np.unique(self.labels)]
+        return self.subset(np.sort(np.concatenate([np.empty(0, np.int64), *kept])))
 
     def select_classes(self, spec: ClassSpec) -> ImageCollection:
         """The images of some classes, labels renumbered from 0 in the order of class numbers.

@@ -341,11 +341,7 @@ def _validator(
             "0 trains without"
         )
     if settings.images_per_class is not None:
-        kept = [
-            np.flatnonzero(validation.labels == label)[: settings.images_per_class]
-            for label in np.unique(validation.labels)
-        ]
-        validation = validation.subset(np.concatenate(kept))
+        validation = validation.first_of_each_class(settings.images_per_class)
     # Drawn now, so that data which cannot give them fail before the training.
     episodes = validation_episodes(recipe, torch.from_numpy(validation.labels.copy()))
     views = views_of(extractor, recipe.views)

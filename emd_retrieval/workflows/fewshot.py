@@ -168,7 +168,7 @@ def fewshot_test(settings: FewshotTrial) -> ResultRecord:
             f"trained on {run.recipe.data.name}; a test across domains must be asked for (across)"
         )
     extractor = with_extractor(run, recipe)
-    collection = load_split(recipe, settings.data, settings.split)
+    collection = load_test(recipe, settings.data, settings.split)
     bench = Bench(recipe, extractor, collection, settings.machine)
     # All episodes first: what the data cannot give is told before features are made.
     cells = [
@@ -320,6 +320,19 @@ def load_split(recipe: FewshotRecipe, folder: Path | None, split: str) -> ImageC
     collection = load_fewshot(recipe.data.name, root, split)
     check_readable(collection)
     return collection
+
+
+def load_test(recipe: FewshotRecipe, folder: Path | None, split: str = "test") -> ImageCollection:
+    """What a recipe tests on: a split, or of each of its classes the first images.
+
+    Raises:
+        FileNotFoundError: As :func:`load_split`.
+        ValueError: As :func:`load_split`.
+    """
+    collection = load_split(recipe, folder, split)
+    if recipe.test.images_per_class is None:
+        return collection
+    return collection.first_of_each_class(recipe.test.images_per_class)
 
 
 def load_validation(recipe: FewshotRecipe, folder: Path | None) -> ImageCollection | None:

@@ -30,6 +30,7 @@ from emd_retrieval.training.trunk_cache import state_checksum
 from emd_retrieval.workflows.fewshot import (
     Bench,
     load_split,
+    load_test,
     load_validation,
     score_columns,
     shortened,
@@ -269,12 +270,12 @@ class _Work:
 
     def test(self) -> ImageCollection:
         """The test classes."""
-        return load_split(self.recipe(()), self.settings.data, "test")
+        return load_test(self.recipe(()), self.settings.data)
 
     def target(self) -> ImageCollection:
         """The test classes of the other data set."""
         recipe = self.recipe((f"data.name={self.settings.target}", "data.root=null"))
-        return load_split(recipe, self.settings.target_data, "test")
+        return load_test(recipe, self.settings.target_data)
 
     def cells(
         self, rows: list[_Row], tasks: list[tuple[int, int]], collection: ImageCollection
@@ -309,7 +310,8 @@ class _Work:
             settings={"recipe": self.settings.recipe.name, "stage": self.settings.stage,
                       "overrides": list(self.settings.overrides),
                       "pretraining": recipe.to_dict()["pretraining"],
-                      "meta_training": recipe.to_dict()["meta_training"]},
+                      "meta_training": recipe.to_dict()["meta_training"],
+                      "test": recipe.to_dict()["test"]},
             data={"test": collection.describe()},
             seed=recipe.seed,
             notes=("Percent, mean over episodes with 95 % interval.",

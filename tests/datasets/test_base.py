@@ -69,6 +69,22 @@ class TestImageCollection:
             birds.subset([8])
 
     @pytest.mark.parametrize(
+        ("count", "expected"), [(1, [0, 2, 5, 6]), (2, [0, 1, 2, 3, 5, 6, 7]), (9, "all")]
+    )
+    def test_first_of_each_class(
+        self, birds: ImageCollection, count: int, expected: object
+    ) -> None:
+        uneven = birds.subset([0, 1, 2, 3, 5, 6, 7])
+        part = uneven.first_of_each_class(count)
+        values = [part.load(i).getpixel((0, 0))[0] for i in range(len(part))]
+        assert values == ([0, 1, 2, 3, 5, 6, 7] if expected == "all" else expected)
+        assert part.class_names == CLASSES
+
+    def test_first_of_each_class_refuses_none(self, birds: ImageCollection) -> None:
+        with pytest.raises(ValueError, match="count: expected"):
+            birds.first_of_each_class(0)
+
+    @pytest.mark.parametrize(
         ("spec", "chosen"),
         [
             ("1-2", [0, 1]),

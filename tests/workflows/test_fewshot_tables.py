@@ -49,6 +49,20 @@ def runs_of(settings):
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*/model.safetensors")}
 
 
+def test_the_test_may_have_fewer_images(settings, tmp_path):
+    """They are others, so scores of all images do not pass for theirs."""
+    few = settings(rows=("EMD, equal",), overrides=("test.images_per_class=2",))
+    record = fewshot_table(2, few, tmp_path)
+    assert record.data["test"]["images"] == 2 * len(BIRDS)
+    assert record.settings["test"]["images_per_class"] == 2
+    every = fewshot_table(2, settings(rows=("EMD, equal",)), tmp_path)
+    assert every.data["test"]["images"] == 6 * len(BIRDS)
+    scores = [json.loads(file.read_text()) for file in (settings().runs / "scores").glob("*.json")]
+    assert len(scores) >= 4
+    with pytest.raises(ValueError, match="images"):
+        fewshot_table(2, settings(overrides=("test.images_per_class=1",)), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("number", "rows", "count"),
     [
