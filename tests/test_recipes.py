@@ -128,7 +128,7 @@ def test_a_loss_of_ones_own_takes_no_parameters_of_the_bases(folder):
         ("methods: 3", {}, r"recipe .*: methods: expected settings a method, got 3"),
         ("methods: {gird: {}}", {}, r"recipe .*: methods: .* got 'gird' \(did you mean 'grid'\?\)"),
         ("methods: {grid: 3}", {}, r"recipe .*: methods\.grid: expected settings, got 3"),
-        ("loss: {name: arcfase}", {}, r"recipe .*: loss: .*\(did you mean 'arcface'\?\)"),
+        ("loss: {name: arcfase}", {}, r"recipe .*: loss\.name: .*\(did you mean 'arcface'\?\)"),
         ("loss: {name: arcface}\nmodl: {}", {}, r"recipe .*: modl: .*did you mean 'model'\?"),
         ("loss: {name: arcface}", {"method": "fnc"}, r"method: .*\(did you mean 'fcn'\?\)"),
         ("loss: {name: arcface}", {"overrides": ["seed"]}, r"override: expected 'section\.key=va"),

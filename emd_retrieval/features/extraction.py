@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from emd_retrieval._checks import check_tensor
+from emd_retrieval._checks import check_positive, check_tensor
 from emd_retrieval.features.extractor import Extractor
 from emd_retrieval.progress import progress_counter
 
@@ -77,8 +77,10 @@ def extract_features(
         description: Name of the progress bar.
 
     Raises:
-        ValueError: If a feature is not finite; the images are named by their rows.
+        ValueError: If a feature is not finite; the images are named by their rows. If there are no
+            images, or ``batch_size`` is not positive.
     """
+    check_positive("batch_size", batch_size)
     device = torch.device(device)
     loader: DataLoader[Any] = DataLoader(
         dataset, batch_size=batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"

@@ -19,8 +19,8 @@ def check_pyramid(
     if any(not isinstance(size, int) or size < 1 for size in levels):
         raise ValueError(f"{name}: expected positive whole numbers, got {list(levels)}")
     if not levels and not include_map:
-        way_out = ", or include_map=True, got neither" if name == "pyramid" else ", got none"
-        raise ValueError(f"{name}: expected at least one level{way_out}")
+        way_out = "" if name == "grid" else ", or include_map=True"
+        raise ValueError(f"{name}: expected at least one level{way_out}, got none")
     return levels
 
 
@@ -48,7 +48,7 @@ def pyramid_pool(feature_map: Tensor, sizes: Sequence[int], *, include_map: bool
         torch.Size([2, 14, 64])
     """
     shape = check_tensor("feature_map", feature_map, ["B", "D", "H", "W"])
-    levels = check_pyramid(sizes, include_map)
+    levels = check_pyramid(sizes, include_map, name="sizes")
     cells = feature_map.flatten(2).mT
     if not levels:
         return cells
@@ -71,7 +71,7 @@ def pyramid_boxes(sizes: Sequence[int]) -> Tensor:
     """
     boxes = [
         [column / size, row / size, (column + 1) / size, (row + 1) / size]
-        for size in check_pyramid(sizes, include_map=False)
+        for size in check_pyramid(sizes, include_map=False, name="sizes")
         for row in range(size)
         for column in range(size)
     ]

@@ -131,6 +131,8 @@ class EMDMatcher:
         check_positive("memory_mb", self.memory_mb)
         check_choice("coupling", self.coupling, ["transport", "dense"])
         check_cluster_settings(self.clusters, self.bandwidth)
+        check_positive("weight_floor", self.weight_floor, allow_zero=True)
+        check_choice("weight_floor_scale", self.weight_floor_scale, ["relative", "absolute"])
         # Built now, so that a bad name fails where it was written.
         _ = self._ground_cost, self._node_weights
         check_solver(self.solver, {})

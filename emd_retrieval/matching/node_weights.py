@@ -112,8 +112,8 @@ class CrossReferenceWeights:
     floor_scale: str = "relative"
 
     def __post_init__(self) -> None:
-        check_positive("weight_floor", self.floor, allow_zero=True)
-        check_choice("weight_floor_scale", self.floor_scale, ["relative", "absolute"])
+        check_positive("floor", self.floor, allow_zero=True)
+        check_choice("floor_scale", self.floor_scale, ["relative", "absolute"])
 
     def paired(self, query: WeighedNodes, reference: WeighedNodes) -> tuple[Tensor, Tensor]:
         """Weights of matching sets. Shape: ``[..., N, D], [..., M, D] -> [..., N], [..., M]``."""

@@ -174,7 +174,8 @@ def one_line(capsys):
         (["--pyramid", ""], "pyramid: expected at least one level, or include_map=True"),
         (["--crop", "50"], "crop: expected 1 to resize = 48 pixels, got 50"),
         (["--classes", "9"], "classes: class is not here: 9; birds has classes 1-3"),
-        (["--backbone", "resnet_18"], "backbone: timm has no model 'resnet_18'; nearest names: "),
+        (["--backbone", "resnet_18"],
+         "backbone: expected a model of timm, got 'resnet_18'; nearest names: "),
         (["--layer", "77"], "layer: 'test_resnet' has feature maps 0 to "),
         (["--weights", "nothing.pth"], "weights: no file 'nothing.pth'"),
         (["--solver", "simplx"], "--solver: expected one of simplex, pot, opencv, sinkhorn, qp; "

@@ -97,7 +97,7 @@ def test_skipped_images_are_counted(command, store, image_folder, tmp_path, caps
     listed.write_text(f"{image_folder}/wren/00.png\nbroken.png\nmissing.png\n")
     command[2] = str(listed)
     assert main(command) == 2
-    assert "broken.png: not an image" in capsys.readouterr().err
+    assert "broken.png: the file is empty" in capsys.readouterr().err
     assert main([*command, "--skip-errors"]) == 0
     assert "2 unreadable images left out, listed in skipped.csv" in capsys.readouterr().out
     assert "missing.png,0,file not found" in (store / "skipped.csv").read_text()

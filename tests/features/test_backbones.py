@@ -95,10 +95,11 @@ def test_layers_that_are_not_there(layer):
 
 def test_an_unknown_model_names_the_nearest():
     with pytest.raises(
-        ValueError, match=r"timm has no model 'resnet_18'; nearest names: .*resnet18"
+        ValueError,
+        match=r"^backbone: expected a model of timm, got 'resnet_18'; nearest names: .*resnet18",
     ):
         load_backbone("resnet_18", pretrained=False)
-    with pytest.raises(ValueError, match=r"^backbone: timm has no model 'qqqqqqqq'$"):
+    with pytest.raises(ValueError, match=r"^backbone: expected a model of timm, got 'qqqqqqqq'$"):
         load_backbone("qqqqqqqq", pretrained=False)
 
 

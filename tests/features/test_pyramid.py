@@ -72,12 +72,12 @@ def test_trains_on_a_map_size_first_seen_in_inference_mode(generator):
 
 @pytest.mark.parametrize("sizes", [(0,), (-1, 2), (1.5,), ("3",)])
 def test_sizes_that_are_no_levels(sizes):
-    with pytest.raises(ValueError, match="pyramid: expected positive whole numbers, got"):
+    with pytest.raises(ValueError, match="sizes: expected positive whole numbers, got"):
         pyramid_pool(torch.zeros(1, 2, 3, 3), sizes)
 
 
 def test_refuses_bad_input():
-    with pytest.raises(ValueError, match="pyramid: expected at least one level, or include_map"):
+    with pytest.raises(ValueError, match="sizes: expected at least one level, or include_map"):
         pyramid_pool(torch.zeros(1, 2, 3, 3), ())
     with pytest.raises(ValueError, match=r"feature_map: expected shape \[B, D, H, W\], got \[1, 2"):
         pyramid_pool(torch.zeros(1, 2, 3), (1,))

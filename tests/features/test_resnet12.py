@@ -106,7 +106,8 @@ def test_there_are_no_weights_to_fetch():
         "or pretrained=False for random ones"
     )
     with pytest.raises(
-        ValueError, match=r"timm has no model 'resnet_12'; nearest names: .*resnet12"
+        ValueError,
+        match=r"^backbone: expected a model of timm, got 'resnet_12'; nearest names: .*resnet12",
     ):
         load_backbone("resnet_12", pretrained=False)
     with pytest.raises(ValueError, match="layer: 'resnet12' offers no intermediate feature maps"):

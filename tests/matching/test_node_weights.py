@@ -98,7 +98,7 @@ def test_gradient(generator):
 def test_refuses_bad_input():
     with pytest.raises(ValueError, match="weights: expected one of"):
         node_weights("attention")
-    with pytest.raises(ValueError, match="weight_floor: expected zero or more, got -1"):
+    with pytest.raises(ValueError, match=r"^floor: expected zero or more, got -1"):
         node_weights("cross_reference", floor=-1)
-    with pytest.raises(ValueError, match="weight_floor_scale: expected one of relative, absolute"):
+    with pytest.raises(ValueError, match=r"^floor_scale: expected one of relative, absolute"):
         node_weights("cross_reference", floor_scale="logarithmic")

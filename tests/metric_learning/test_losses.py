@@ -248,7 +248,7 @@ def test_a_copy_is_whole(packed, labels):
 
 
 def test_refuses_bad_settings():
-    with pytest.raises(ValueError, match=r"loss: expected one of .*did you mean 'arcface'"):
+    with pytest.raises(ValueError, match=r"^name: expected one of .*did you mean 'arcface'"):
         LossSettings(name="arc_face")
     with pytest.raises(ValueError, match=r"multi_similarity loss: .*did you mean 'alpha'"):
         LossSettings(name="multi_similarity", parameters={"alhpa": 1.0})

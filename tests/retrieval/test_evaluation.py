@@ -192,7 +192,8 @@ def test_refuses_what_cannot_be_scored(features, generator):
     with pytest.raises(ValueError) as caught:
         evaluate_sets(features, other, shortlist=None)
     assert str(caught.value) == (
-        "gallery: its nodes have 6 channels, the queries' 8; both must come from the same extractor"
+        "gallery: expected nodes of 8 channels, as the queries', got 6; "
+        "both must come from the same extractor"
     )
     with pytest.raises(ValueError, match="rankings: expected at least one, got none"):
         compare_rankings({}, features.labels)

@@ -66,7 +66,7 @@ def test_overrides_are_read_as_yaml(file):
         ("optimization.learning_rat=1", r"recipe\.yaml: .*learning_rat: .*mean 'learning_rate'"),
         ("modle.method=raw", r"modle: no such setting; did you mean 'model'\?"),
         ("loss.parameters.bet=1", r"loss: parameter of the multi_similarity loss.*mean 'beta'"),
-        ("matching.solver=simplx", r"matching: solver: .*did you mean 'simplex'"),
+        ("matching.solver=simplx", r"matching\.solver: .*did you mean 'simplex'"),
         ("model.method=fnc", r"model\.method: .*did you mean 'fcn'"),
         ("model.layer=last", r"model\.layer: expected a whole number, got 'last'"),
         ("model.frozen_trunk=1", r"model\.frozen_trunk: expected true or false, got 1"),

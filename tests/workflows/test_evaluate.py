@@ -174,7 +174,11 @@ def refuse_to_work(*arguments, **options):
         ({"shortlist": 2}, ValueError, "shortlist: 2 is smaller than the largest R, 3"),
         ({"shortlist": 0}, ValueError, "shortlist: expected a positive number, got 0"),
         ({"classes": "4"}, ValueError, "classes: class is not here: 4; birds has classes 1-3"),
-        ({"backbone": "resnet_18"}, ValueError, "timm has no model 'resnet_18'; nearest names:"),
+        (
+            {"backbone": "resnet_18"},
+            ValueError,
+            "backbone: expected a model of timm, got 'resnet_18'; nearest names:",
+        ),
         ({"backbone": "resnet10t"}, ValueError, "does not fit 'resnet10t': "),
         ({"layer": 99}, ValueError, "layer: 'test_resnet' has feature maps 0 to "),
         ({"crop": 64}, ValueError, "crop: expected 1 to resize = 48 pixels, got 64"),

@@ -83,8 +83,7 @@ NESTED = {"embedding": [[[1.0, 2.0], [3.0, 4.0]]] * 2}
          "embeddings (a.npy): expected a packed set whose width is a multiple of channels = 5, "
          "got shape [6, 12]"),
         ("a.npy", FLAT, 0, None,
-         "embeddings (a.npy): expected a packed set whose width is a multiple of channels = 0, "
-         "got shape [6, 12]"),
+         "channels: expected a positive number, got 0"),
         ("a.npy", FLAT.reshape(6, 3, 4), 5, None,
          "channels: a.npy holds sets of 4 channels, got 5"),
         ("a.npy", FLAT, 4, 3, "global_node: expected a node of 3, got 3"),
