@@ -17,6 +17,7 @@ from emd_retrieval.fewshot.named import LEARNED, check_classifier
 from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.settings import build_settings, plain_settings, settings_differences, to_yaml
 from emd_retrieval.training import ModelSettings, ViewSettings
+from emd_retrieval.training.recipe import RANDOM_WEIGHTS
 
 ROTATIONS = ("none", "augmentation", "self_supervision")
 SCHEDULES = ("steps", "cosine")
@@ -88,7 +89,7 @@ class Pretraining:
     """Classification of the base classes, by SGD with Nesterov momentum.
 
     Attributes:
-        epochs: Passes over the images.
+        epochs: Passes over the images; 0 takes the network's weights as they come.
         steps: Steps in place of epochs; ``None`` counts epochs.
         batch_size: Images a step.
         learning_rate: Its peak.
@@ -123,9 +124,9 @@ class Pretraining:
         check_choice("pretraining.schedule", self.schedule, SCHEDULES)
         check_choice("pretraining.rotation", self.rotation, ROTATIONS)
         _check_numbers(
-            "pretraining", self, ("epochs", "batch_size", "learning_rate", "drop_every",
-                                  "factor", "validate_every"),
-            ("momentum", "weight_decay", "rotation_weight"),
+            "pretraining", self, ("batch_size", "learning_rate", "drop_every", "factor",
+                                  "validate_every"),
+            ("epochs", "momentum", "weight_decay", "rotation_weight"),
         )  # fmt: skip
         if self.steps is not None:
             check_positive("pretraining.steps", self.steps)
@@ -307,6 +308,14 @@ class FewshotRecipe:
     test: FewshotTest = field(default_factory=FewshotTest)
     seed: int = 0
     notes: str = ""
+
+    def __post_init__(self) -> None:
+        untrained = self.pretraining.epochs == 0 and self.pretraining.steps is None
+        if untrained and self.model.weights == RANDOM_WEIGHTS:
+            raise ValueError(
+                "pretraining.epochs: expected a positive value where model.weights is "
+                f"{RANDOM_WEIGHTS!r}, got 0"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, defaults included."""

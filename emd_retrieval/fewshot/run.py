@@ -53,6 +53,7 @@ from emd_retrieval.training.model import (
 )
 from emd_retrieval.training.monitor import BEST_FILE, CHECKPOINT_FILE, LOG_FILE
 from emd_retrieval.training.recipe import RANDOM_WEIGHTS
+from emd_retrieval.training.trunk_cache import state_checksum
 
 _LOG = logging.getLogger(__name__)
 _COLUMNS = ("step", "loss", "accuracy", "learning_rate", "seconds", "validation", "interval")
@@ -115,14 +116,21 @@ def pretrain(
         description: Name of the progress bar.
 
     Raises:
-        ValueError: If the folder holds another run, or the data cannot give the episodes.
+        ValueError: If the folder holds another run, one from other ``weights`` among them, or the
+            data cannot give the episodes.
         NonFiniteLossError: If a loss is not finite.
     """
     run = Path(run)
-    if (finished := _finished(recipe, "pretrain", run, data)) is not None:
+    finished = _finished(recipe, "pretrain", run, data)
+    if finished is not None and weights is None:
         return finished
     settings = recipe.pretraining
     extractor = _extractor(_as_map(recipe), weights=weights)
+    begun = state_checksum(extractor.backbone)
+    if finished is not None:
+        if finished.summary["weights_sha256"] != begun:
+            raise ValueError(f"run: {run} started from other weights than those of {weights}")
+        return finished
     validator = _validator(_as_map(recipe), extractor, validation, settings.bf16, place)
     labels, classes = _dense_labels(data)
     source = training_views(data, extractor, recipe.views, number_of("pretrain", recipe.seed))
@@ -138,7 +146,10 @@ def pretrain(
         validate_first=False,
         save=lambda path: _save(extractor, recipe, path),
     )
-    return _run(recipe, "pretrain", run, data, stage, batches, monitor, place, description, 1)
+    return _run(
+        recipe, "pretrain", run, data, stage, batches, monitor, place, description, 1,
+        {"weights_sha256": begun},
+    )  # fmt: skip
 
 
 def meta_train(
@@ -448,7 +459,8 @@ def _run(
         loader = StageData(batches, stage.source, accumulate=accumulate, workers=workers)
         # Backbones are built in evaluation mode, and Lightning leaves the mode as it is.
         stage.train()
-        trainer.fit(stage, loader, ckpt_path=resume, weights_only=True)
+        if monitor.steps:
+            trainer.fit(stage, loader, ckpt_path=resume, weights_only=True)
     extractor = stage.extractor.cpu()
     if (run / BEST_FILE).is_file():
         _load(extractor, run / BEST_FILE)

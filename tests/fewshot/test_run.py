@@ -348,11 +348,35 @@ def test_recipes_come_back_from_their_yaml():
         ({"meta_training": {"gradient": "exactly"}}, r"meta_training\.gradient: "),
         ({"validation": {"episodes": -1}}, r"validation\.episodes: "),
         ({"test": {"queries": 0}}, r"test\.queries: "),
+        ({"test": {"images_per_class": 0}}, r"test\.images_per_class: "),
+        ({"pretraining": {"epochs": 0}}, r"pretraining\.epochs: .*'random', got 0"),
     ],
 )
 def test_bad_settings(sections, message):
     with pytest.raises(ValueError, match=message):
         fewshot_recipe_from_dict(sections)
+
+
+def test_no_epochs_take_the_weights_as_they_come(splits, tmp_path):
+    weights = small_data.write_weights(tmp_path / "weights.safetensors", seed=3)
+    recipe = recipe_of(
+        model={**SMALL["model"], "weights": None},
+        pretraining={"epochs": 0, "steps": None, "batch_size": 6},
+        validation={"episodes": 0},
+    )
+    run = pretrain(recipe, tmp_path / "run", data=splits["train"], weights=weights)
+    assert run.summary["steps"] == 0
+    given = load_file(weights)
+    for name, value in run.extractor.backbone.state_dict().items():
+        key = name.removeprefix("model.")
+        assert torch.equal(value, given[key]), name
+    again = pretrain(recipe, tmp_path / "run", data=splits["train"], weights=weights)
+    assert again.summary == run.summary
+    others = small_data.write_weights(tmp_path / "others.safetensors", seed=4)
+    with pytest.raises(
+        ValueError, match=r"run: .* started from other weights than those of .*others"
+    ):
+        pretrain(recipe, tmp_path / "run", data=splits["train"], weights=others)
 
 
 def test_what_does_not_fit_fails_before_training(pretrained, splits, tmp_path, monkeypatch):
