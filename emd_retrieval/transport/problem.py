@@ -114,7 +114,8 @@ def check_values(
     supply_total = supply.sum(-1, dtype=torch.float64)
     demand_total = demand.sum(-1, dtype=torch.float64)
     # NaN fails every comparison, hence the positive wording of each condition.
-    lowest, highest = cost.flatten(1).aminmax(dim=-1)
+    # Not aminmax: it uses torch's threads for any size, which a forked process no longer has.
+    lowest, highest = cost.amin((-2, -1)), cost.amax((-2, -1))
     largest_cost = torch.maximum(-lowest, highest).double()
     sound = (
         (largest_cost <= MOST_COST[cost.dtype])

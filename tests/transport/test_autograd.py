@@ -261,28 +261,53 @@ def test_data_loader_workers(solver, make_problem):
     torch.testing.assert_close(torch.cat(list(loader)), expected, rtol=1e-6, atol=1e-7)
 
 
-def _solve_in_child(problem, solver, queue):
+@pytest.fixture
+def busy_torch_threads():
+    """A process that has used torch's own threads, which a fork does not take along."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.rand(1_000_000).exp().sum()
+    yield
+    torch.set_num_threads(before)
+
+
+def _solve_in_child(problem, solver, threads, queue):
+    if threads is not None:
+        torch.set_num_threads(threads)
     inputs = requiring_grad(problem)
     value = emd(*inputs, solver=solver)
     value.sum().backward()
     queue.put([part.tolist() for part in (value.detach(), *(part.grad for part in inputs))])
 
 
-def test_forked_process_solves_and_differentiates(exact_solver, make_problem):
-    problem = make_problem(5, 5, batch=64)
+def _expect_the_same_of_a_fork(problem, solver, threads):
     inputs = requiring_grad(problem)
-    value = emd(*inputs, solver=exact_solver)
+    value = emd(*inputs, solver=solver)
     value.sum().backward()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_solve_in_child, args=(problem, exact_solver, queue))
+    child = context.Process(target=_solve_in_child, args=(problem, solver, threads, queue))
     child.start()
-    theirs = queue.get(timeout=60)
-    child.join(60)
+    try:
+        theirs = queue.get(timeout=60)
+        child.join(60)
+    finally:
+        child.kill()
     assert child.exitcode == 0
     ours = (value.detach(), *(part.grad for part in inputs))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, torch.tensor(other), rtol=0, atol=0)
+
+
+def test_forked_process_solves_and_differentiates(exact_solver, make_problem, busy_torch_threads):
+    # Small tensors: torch's own operators hang here where they would use its threads.
+    _expect_the_same_of_a_fork(make_problem(5, 5, batch=64), exact_solver, threads=None)
+
+
+def test_forked_process_of_one_torch_thread_solves_any_batch(
+    exact_solver, make_problem, busy_torch_threads
+):
+    _expect_the_same_of_a_fork(make_problem(14, 14, batch=400), exact_solver, threads=1)
 
 
 def test_threads_do_not_disturb_each_other(exact_solver, make_problem):

@@ -135,7 +135,9 @@ def test_a_fork_while_other_threads_solve(
 
 
 INTERRUPTED = """
-import sys, torch
+import signal, sys, torch
+# A shell that starts jobs in the background has them ignore Ctrl-C, and so would this process.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from emd_retrieval.transport import lower_bound, solve, solve_top_k
 
 torch.set_num_threads(2)
