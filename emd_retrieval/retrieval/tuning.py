@@ -23,7 +23,7 @@ ALPHAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SIZES = (10, 20, 50, 100, 200)
 
 _TIMED_QUERIES = 32
-_AS_GOOD = 0.1
+AS_GOOD = 0.1
 """Percent points within which two settings count as equally good."""
 
 
@@ -158,7 +158,7 @@ def tune_reranking(
             f"budget_ms: no setting is within {budget_ms:g} ms a query; the fastest takes "
             f"{table['ms a query'].min():.2f}"
         )
-    good = affordable[affordable[metric] >= affordable[metric].max() - _AS_GOOD]
+    good = affordable[affordable[metric] >= affordable[metric].max() - AS_GOOD]
     best = good.sort_values(["shortlist", "alpha"], ascending=[True, False], kind="stable").iloc[0]
     return TunedReranking(
         table,

@@ -171,6 +171,8 @@ def load_extraction(settings: ExtractImages) -> Extraction:
     """
     source: dict[str, Any] = {"weights": "timm's hub"}
     if settings.weights is not None:
+        if not settings.weights.is_file():
+            raise FileNotFoundError(f"weights: no file {str(settings.weights)!r}")
         source = {"weights": settings.weights.name, "weights_sha256": _sha256(settings.weights)}
     model = settings.load()
     extractor = model.extractor

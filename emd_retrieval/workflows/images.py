@@ -39,8 +39,12 @@ class ImageList:
         return ImageList(self.paths[start:end], self.ids[start:end])
 
 
-def read_image_list(path: Path) -> ImageList:
+def read_image_list(path: Path, *, name: str = "images") -> ImageList:
     """The images of a folder, a list or a table; order and ids are those of the source.
+
+    Args:
+        path: Of the folder or file.
+        name: The argument that the path came from, for messages.
 
     Raises:
         FileNotFoundError: If there is nothing there, or not one image.
@@ -50,14 +54,14 @@ def read_image_list(path: Path) -> ImageList:
         files = sorted(image_files(path))
         images = ImageList(tuple(files), [file.relative_to(path).as_posix() for file in files])
     elif not path.is_file():
-        raise FileNotFoundError(f"images: no folder or file {str(path)!r}")
+        raise FileNotFoundError(f"{name}: no folder or file {str(path)!r}")
     elif path.suffix in TABLES:
-        images = _read_table(path)
+        images = _read_table(path, name)
     else:
         data = path.read_bytes()
         if b"\0" in data:
             raise ValueError(
-                f"images: {path.name} is no list of paths (not a text file); expected a folder, a "
+                f"{name}: {path.name} is no list of paths (not a text file); expected a folder, a "
                 "text file with a path a line, or a table (.parquet, .csv)"
             )
         # Names of files need not be UTF-8; as Python's own they keep their bytes.
@@ -66,12 +70,12 @@ def read_image_list(path: Path) -> ImageList:
         images = ImageList(tuple(path.parent / name for name in names), names)
     if not len(images):
         what = f"no image ({', '.join(sorted(IMAGE_SUFFIXES))})" if path.is_dir() else "no path"
-        raise FileNotFoundError(f"images: {path} has {what} in it")
+        raise FileNotFoundError(f"{name}: {path} has {what} in it")
     values: list[Any] = images.ids.tolist() if isinstance(images.ids, np.ndarray) else images.ids
     twice = pd.Series(values, dtype=object).duplicated()
     if twice.any():
         raise ValueError(
-            f"images: {int(twice.sum())} ids of {path.name} appear twice, the first is "
+            f"{name}: {int(twice.sum())} ids of {path.name} appear twice, the first is "
             f"{values[int(twice.argmax())]!r}"
         )
     return images
@@ -105,19 +109,19 @@ def collate_views(
     return [row for row, _ in views], stacked, failures
 
 
-def _read_table(path: Path) -> ImageList:
+def _read_table(path: Path, argument: str) -> ImageList:
     try:
         table = read_table(path, ("path", "id"))
     except ValueError as error:
-        raise ValueError(f"images: {error}") from error
+        raise ValueError(f"{argument}: {error}") from error
     if "path" not in table:
         raise ValueError(
-            f"images: expected a column 'path' in {path.name}, got "
+            f"{argument}: expected a column 'path' in {path.name}, got "
             f"{', '.join(map(str, table.columns)) or 'no columns'}"
         )
     for name in {"path", "id"} & set(table.columns):
         if table[name].isna().any():
-            raise ValueError(f"images: {path.name} has rows without a value for {name!r}")
+            raise ValueError(f"{argument}: {path.name} has rows without a value for {name!r}")
     names = [str(name) for name in table["path"]]
     paths = tuple(path.parent / name for name in names)
     if "id" not in table:

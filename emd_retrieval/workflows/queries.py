@@ -141,6 +141,7 @@ def first_stage(settings: SearchSettings, store: LocalFeatureStore, queries: Que
     """The first stage that the settings name, held against the store.
 
     Raises:
+        ConnectionError: If the Qdrant server cannot be reached.
         FileNotFoundError: If a file is missing.
         ValueError: If two are named, or the one that is does not fit the store or the queries.
     """
@@ -154,6 +155,8 @@ def first_stage(settings: SearchSettings, store: LocalFeatureStore, queries: Que
             raise ValueError(f"{name}: it goes with {owner}, which was not given")
     if settings.index_parameters and settings.index is None:
         raise ValueError("index_parameters: they go with index, which was not given")
+    if not len(store):
+        raise ValueError(f"store: expected at least one set in {store.path.name}, got none")
     stage: Shortlist
     if settings.index is not None:
         stage = FaissIndexShortlist.read(
@@ -162,6 +165,9 @@ def first_stage(settings: SearchSettings, store: LocalFeatureStore, queries: Que
             normalize=settings.normalize,
             parameters=settings.index_parameters,
         )
+        if settings.index_ids is None and store.manifest.ids == "string":
+            # Numbers cannot be ids of this store: they are its positions, or a mistake.
+            stage.take_order_of(store)
     elif settings.candidates is not None:
         table = CandidateTable.read(settings.candidates, ids=store.manifest.ids)
         stage = table.of(queries.ids)
@@ -169,12 +175,15 @@ def first_stage(settings: SearchSettings, store: LocalFeatureStore, queries: Que
         if settings.collection is None:
             raise ValueError("collection: expected the name of the Qdrant collection, got none")
         where = {"url" if "://" in settings.qdrant else "path": settings.qdrant}
-        stage = QdrantShortlist(
-            settings.collection,
-            id_key=settings.id_key,
-            normalize=settings.normalize,
-            **where,  # type: ignore[arg-type]
-        )
+        try:
+            stage = QdrantShortlist(
+                settings.collection,
+                id_key=settings.id_key,
+                normalize=settings.normalize,
+                **where,  # type: ignore[arg-type]
+            )
+        except ImportError as error:
+            raise ValueError(f"qdrant: {error}") from error
     elif store.manifest.global_channels is None:
         raise ValueError(
             f"index: the store {store.path.name} has no global vectors to search; pass an index, "
@@ -239,8 +248,7 @@ def _names_in_store(
 def _index_ids(settings: SearchSettings, store: LocalFeatureStore) -> Any:
     path = settings.index_ids
     if path is None:
-        # An index of names has none of its own: as many vectors as sets are in the store's order.
-        return store.ids if store.manifest.ids == "string" else None
+        return None
     if not path.is_file():
         raise FileNotFoundError(f"index_ids: no file {str(path)!r}")
     if path.suffix == ".npy":
@@ -335,7 +343,7 @@ def _extract(settings: SearchSettings, store: LocalFeatureStore) -> Queries:
     if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
         images = ImageList((path,), [path.name])
     else:
-        images = read_image_list(path)
+        images = read_image_list(path, name="queries")
     made = extraction_of(settings, store)
     extraction = load_extraction(made)
     check_same_extractor(store, extraction.described)
@@ -400,6 +408,11 @@ def extraction_of(settings: SearchSettings, store: LocalFeatureStore) -> Extract
             f"queries: the store {store.path.name} does not tell what made its features (no "
             f"{', '.join(missing)} in its manifest), so images cannot be extracted alike; pass "
             "arrays (.npy) of the same extractor"
+        )
+    if "weights_sha256" in made and "model" not in made and settings.weights is None:
+        raise ValueError(
+            f"weights: the features of the store {store.path.name} were made with the file "
+            f"{made.get('weights')!r}; expected it again (--weights), got none"
         )
     known = ("extractor", "backbone", "layer", "pyramid", "include_map", "grid", "context",
              "patches", "patch_size", "resize", "crop", "bf16", "seed")  # fmt: skip

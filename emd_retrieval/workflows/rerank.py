@@ -76,6 +76,7 @@ def rerank_queries(
     """
     check_choice("format", settings.format, ["parquet", "csv"])
     check_sizes(settings.k, settings.shortlist)
+    check_alpha(settings.alpha)
     if settings.report is not None:
         check_positive("report", settings.report)
     elif settings.images is not None:
@@ -150,6 +151,12 @@ def check_sizes(k: int, shortlist: int) -> None:
         )
 
 
+def check_alpha(alpha: float) -> None:
+    """Raise unless it is a share, before anything is read or extracted."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected 0 to 1, got {alpha}")
+
+
 def candidates_of(
     settings: SearchSettings, stage: Shortlist, store: LocalFeatureStore, queries: Queries
 ) -> Candidates:
@@ -173,6 +180,11 @@ def rerank(
     if settings.k > depth:
         raise ValueError(
             f"k: expected at most {depth}, as many candidates as there are, got {settings.k}"
+        )
+    if settings.alpha < 1 and first.scores is None:
+        raise ValueError(
+            f"alpha: expected 1, as {settings.candidates} has no scores (column or array 'score', "
+            f"'scores') to be mixed in, got {settings.alpha:g}"
         )
     reranker = EMDReranker(store, matcher_of(settings, store), device=settings.device)
     return reranker.rerank(

@@ -27,6 +27,7 @@ from emd_retrieval.workflows.queries import (
 from emd_retrieval.workflows.rerank import (
     RerankQueries,
     candidates_of,
+    check_alpha,
     check_sizes,
     ranking_table,
     rerank,
@@ -68,6 +69,7 @@ def search_image(
         ValueError: As :func:`rerank_queries`.
     """
     check_sizes(settings.k, settings.shortlist)
+    check_alpha(settings.alpha)
     if not settings.queries.is_file():
         raise FileNotFoundError(f"image: no file {str(settings.queries)!r}")
     if settings.images is not None and not settings.images.is_dir():

@@ -19,6 +19,7 @@ from emd_retrieval.reports.tradeoff import tradeoff_figure
 from emd_retrieval.retrieval import EMDReranker, LocalFeatureStore
 from emd_retrieval.retrieval.tuning import (
     ALPHAS,
+    AS_GOOD,
     SIZES,
     TunedReranking,
     relevance,
@@ -125,6 +126,7 @@ def tune_queries(
             "The first stage alone: "
             + ", ".join(f"{name} {value:.1f}" for name, value in tuned.baseline.items())
             + ".",
+            *_no_gain(tuned),
             "Chosen and measured on the same queries: what it gives on others is best measured on "
             "others.",
             *notes_of(queries),
@@ -138,6 +140,17 @@ def tune_queries(
         record = record.with_figures(["tradeoff.png"])
         record.save(output)
     return record, tuned
+
+
+def _no_gain(tuned: TunedReranking) -> tuple[str, ...]:
+    """A word where no setting is better than what the first stage gives without the EMD."""
+    alone = tuned.baseline[tuned.metric]
+    if tuned.table[tuned.metric].max() > alone + AS_GOOD:
+        return ()
+    return (
+        f"No setting gives {AS_GOOD:g} points more {tuned.metric} than the first stage alone: on "
+        "these queries re-ranking does not pay.",
+    )
 
 
 def _query_labels(settings: TuneReranking, queries: Queries, label_of: dict[Any, Any]) -> list[Any]:

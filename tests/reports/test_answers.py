@@ -39,7 +39,7 @@ def test_the_tradeoff_has_a_line_a_size_and_a_ring(tmp_path):
     )
     figure = tradeoff_figure(table, "MAP@R", 30.0, (1.0, 50))
     mixing, cost = figure.axes
-    lines = [line for line in mixing.lines if line.get_label() in ("10", "50")]
+    lines = [line for line in mixing.lines if line.get_label() in ("10 (1)", "50 (1)")]
     assert [list(line.get_ydata()) for line in lines] == [[30.0, 35.0], [31.0, 38.0]]
     assert mixing.collections[0].get_offsets().tolist() == [[1.0, 38.0]]
     assert cost.collections[0].get_offsets().tolist() == [[2.5, 38.0]]

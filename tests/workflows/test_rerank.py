@@ -17,7 +17,7 @@ from emd_retrieval._tables import read_table
 from emd_retrieval.datasets import UnreadableImageError
 from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.records import ResultRecord
-from emd_retrieval.retrieval import LocalFeatureStore
+from emd_retrieval.retrieval import LocalFeatureStore, StoreDamagedError
 from emd_retrieval.workflows import (
     ExtractImages,
     RerankQueries,
@@ -222,6 +222,51 @@ def test_inputs_that_do_not_fit(tmp_path, gallery, image_folder):
         )
 
 
+def test_an_index_of_numbers_over_a_store_of_names(tmp_path, image_store, image_folder, weights):
+    store = LocalFeatureStore.open(image_store)
+    vectors = torch.nn.functional.normalize(store.global_vectors(), dim=1).numpy()
+    numbers = 1000 - 7 * np.arange(len(store))
+    index = faiss.index_factory(vectors.shape[1], "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
+    index.add_with_ids(vectors, numbers)
+    faiss.write_index(index, str(tmp_path / "g.faiss"))
+    settings = RerankQueries(
+        store=image_store, queries=image_folder, weights=weights, index=tmp_path / "g.faiss", k=1,
+        shortlist=12,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"g\.faiss has whole numbers of its own .*1000, 993, 986"):
+        rerank_queries(settings)
+    (tmp_path / "ids.txt").write_text("\n".join(store.ids))
+    _, ranking = rerank_queries(replace(settings, index_ids=tmp_path / "ids.txt"))
+    assert (ranking["query"] == ranking["id"]).all()
+
+
+def test_what_lacks_scores_cannot_be_mixed(tmp_path, gallery):
+    np.savez(tmp_path / "c.npz", ids=np.arange(500, 518).reshape(9, 2))
+    settings = settings_of(gallery, queries=tmp_path / "queries.npy", candidates=tmp_path / "c.npz")
+    rerank_queries(replace(settings, k=2))
+    with pytest.raises(ValueError, match=r"alpha: expected 1, as .*c\.npz has no scores .* 0\.5"):
+        rerank_queries(replace(settings, k=2, alpha=0.5))
+
+
+def test_a_store_without_sets(tmp_path, gallery):
+    LocalFeatureStore.create(
+        tmp_path / "none.store", channels=16, nodes=4, global_channels=16
+    ).close()
+    with pytest.raises(ValueError, match=r"store: expected at least one set in none\.store"):
+        rerank_queries(settings_of(gallery, store=tmp_path / "none.store"))
+
+
+def test_an_altered_id_index_is_damage_and_not_a_strange_candidate(tmp_path, gallery):
+    damaged = tmp_path / "damaged.store"
+    shutil.copytree(gallery, damaged)
+    file = next(damaged.rglob("index-*.bin"))
+    data = bytearray(file.read_bytes())
+    data[8 * COUNT // 2] ^= 64
+    file.write_bytes(data)
+    with pytest.raises(StoreDamagedError, match=r"index-60\.bin was altered"):
+        rerank_queries(settings_of(gallery, store=damaged))
+
+
 def test_an_archive_in_place_of_an_array_and_the_other_way_round(tmp_path, gallery):
     nodes = np.ones((2, 4, 16), np.float32)
     np.savez(tmp_path / "vectors.npz", vectors=nodes[:, 0])
@@ -240,6 +285,13 @@ def test_a_store_of_another_extractor_is_refused(tmp_path, image_store, image_fo
     renamed = tmp_path / "renamed.safetensors"
     renamed.write_bytes(weights.read_bytes())
     rerank_queries(replace(plain, weights=renamed))
+    # Nothing is fetched where the manifest tells of a file.
+    with pytest.raises(ValueError, match=r"weights: .*\.safetensors'; expected it again"):
+        rerank_queries(plain)
+    with pytest.raises(FileNotFoundError, match=r"weights: no file '.*none\.safetensors'"):
+        rerank_queries(replace(plain, weights=tmp_path / "none.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"queries: no folder or file '.*none'"):
+        rerank_queries(replace(plain, queries=tmp_path / "none", weights=weights))
 
 
 def test_empty_folders_and_unreadable_images(tmp_path, image_store, weights):
@@ -248,7 +300,7 @@ def test_empty_folders_and_unreadable_images(tmp_path, image_store, weights):
     plain = RerankQueries(
         store=image_store, queries=empty, weights=weights, k=2, shortlist=4, format="csv"
     )
-    with pytest.raises(FileNotFoundError, match="no image"):
+    with pytest.raises(FileNotFoundError, match=r"queries: .* has no image"):
         rerank_queries(plain)
     folder = write_images(tmp_path / "photos", per_class=1)
     (folder / "broken.png").write_bytes(b"\x89PNG no picture")
@@ -322,6 +374,10 @@ def test_tuning_scores_every_setting_and_chooses(tmp_path, gallery):
     assert chosen["MAP@R"].iloc[0] >= table["MAP@R"].max() - 0.1
     assert (tmp_path / "out" / "tradeoff.png").exists()
     assert record.figures == ("tradeoff.png",)
+    alone = tuned.baseline["MAP@R"]
+    assert ("re-ranking does not pay" in " ".join(record.notes)) == (
+        table["MAP@R"].max() <= alone + 0.1
+    )
     # Held against the ranking itself: the same P@1 as rerank gives.
     _, ranking = rerank_queries(
         settings_of(gallery, exclude_self=True, shortlist=30, alpha=0.5, k=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emd_retrieval._checks import check_tensor
 from emd_retrieval.retrieval.candidates import Candidates
-from emd_retrieval.retrieval.store import LocalFeatureStore
+from emd_retrieval.retrieval.store import LocalFeatureStore, StoreDamagedError
 
 _SAMPLED = 10_000
 _UNIT = 0.05
@@ -102,6 +102,7 @@ def check_ids_in_store(ids: Any, store: LocalFeatureStore, what: str) -> None:
     """Raise unless ids, or ten thousand of them from end to end, are in the store.
 
     Raises:
+        StoreDamagedError: If some are not found because a file of the store was altered.
         ValueError: If some are not, or are of the other kind; with the numbers.
     """
     kind = store.manifest.ids
@@ -119,6 +120,12 @@ def check_ids_in_store(ids: Any, store: LocalFeatureStore, what: str) -> None:
     missing = np.flatnonzero(~store.contains(sample).numpy())
     if len(missing):
         values = sample.tolist() if isinstance(sample, np.ndarray) else sample
+        try:
+            store.rows_of([values[i] for i in missing.tolist()])
+        except StoreDamagedError:
+            raise
+        except ValueError:
+            pass  # which knows of the ids, but not whose they are
         shown = ", ".join(repr(values[i]) for i in missing[:_SHOWN].tolist())
         checked = f"{len(sample)} checked" if count > _SAMPLED else f"its {count}"
         raise ValueError(

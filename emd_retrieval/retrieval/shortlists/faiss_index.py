@@ -25,10 +25,13 @@ from emd_retrieval.retrieval.store import LocalFeatureStore
 
 _READ_AT_ONCE = 2**24
 _NORMS = 100
+_LOOKED_AT = 10_000
+_SHOWN = 5
 _FAITHFUL = (
     faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexHNSWFlat, faiss.IndexNSGFlat,
     faiss.IndexScalarQuantizer, faiss.IndexIVFScalarQuantizer, faiss.IndexHNSWSQ,
 )  # fmt: skip
+_MAY_BE_ZERO = ("codes", "ht", "verbose")  # no limit, off
 _SHORTENING = (faiss.IndexPQ, faiss.IndexIVFPQ, faiss.IndexHNSWPQ)
 
 
@@ -40,8 +43,9 @@ class FaissIndexShortlist:
 
     Args:
         index: The index; :meth:`read` opens a file.
-        ids: The store's ids of the index's positions (``store.ids`` for one that was built in the
-            store's order). By default what the index returns are the ids.
+        ids: The store's id of each vector, in the order in which they were added (``store.ids`` for
+            an index that was built in the store's order). By default what the index returns are
+            the ids.
         normalize: Scale queries to unit norm, as an index of unit vectors wants them.
         parameters: Search parameters by FAISS's names, for instance ``{"nprobe": 16}`` or
             ``{"efSearch": 64}``.
@@ -88,7 +92,11 @@ class FaissIndexShortlist:
         if normalize and self._is_l2:
             check_unit_norms(*_some_vectors(index), name)
         self._own_ids = _own_ids(index)
+        self._counted_up = self._own_ids is not None or _counted_up(index)
         self._names = _names(ids, self.size, name)
+        self._order: NDArray[np.int64] | None = None
+        if self._names is not None:
+            self._order = _order_of(self._own_ids, self._counted_up, name)
         self._index = _on_device(index, device)
         for parameter, value in self.parameters.items():
             _set_parameter(self._index, parameter, value, f"{name} ({self._kind})")
@@ -175,14 +183,32 @@ class FaissIndexShortlist:
             )
         ids: Any = numbers
         if self._names is not None:
-            if numbers.max(initial=-1) >= self.size:
-                raise ValueError(
-                    f"ids: {self.name} returned id {int(numbers.max())}, but there are names for "
-                    f"its {self.size} positions"
-                )
-            ids = self._names[numbers]
-            ids[absent] = None if ids.dtype == object else -1
+            ids = self._names[self._places_of(numbers)]
+            ids[absent] = None if ids.dtype == object else ABSENT
         return Candidates(ids, scores)
+
+    def take_order_of(self, store: LocalFeatureStore) -> None:
+        """Take the index's positions for those of the store, which gives them its ids.
+
+        Raises:
+            ValueError: If the index has ids of its own, or not as many vectors as the store sets.
+        """
+        own = self._own_ids
+        if own is not None and (own != np.arange(len(own))).any():
+            raise ValueError(
+                f"ids: {self.name} has whole numbers of its own as ids "
+                f"({', '.join(map(str, own[:_SHOWN]))}, ...), the store {store.path.name} has "
+                "strings; expected the store's id of each vector, in the order in which they were "
+                "added (index_ids, --index-ids FILE), got none"
+            )
+        if self.size != len(store):
+            raise ValueError(
+                f"ids: {self.name} has {self.size} vectors, the store {store.path.name} has "
+                f"{len(store)} sets, so that the index is not in the store's order; expected the "
+                "store's id of each vector (index_ids, --index-ids FILE), got none"
+            )
+        self._names = _names(store.ids, self.size, self.name)
+        self._order = _order_of(own, self._counted_up, self.name)
 
     def check(self, store: LocalFeatureStore) -> None:
         """Raise unless the index's ids are in the store (ten thousand of them, from end to end).
@@ -216,15 +242,33 @@ class FaissIndexShortlist:
             **self.parameters,
         }
 
+    def _places_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which vector, in the order in which they were added, each number is; -1 stays."""
+        places = numbers
+        if self._order is not None and self._own_ids is not None:
+            place = np.searchsorted(self._own_ids, numbers, sorter=self._order)
+            places = self._order[place.clip(max=self.size - 1)]
+            strange = self._own_ids[places] != numbers
+        else:
+            strange = (numbers < 0) | (numbers >= self.size)
+        strange &= numbers != ABSENT
+        if strange.any():
+            raise ValueError(
+                f"ids: {self.name} returned {int(numbers[strange][0])}, expected a position, 0 to "
+                f"{self.size - 1}, of the {self.size} ids; an index that was given other numbers "
+                "goes with a store that has these as ids"
+            )
+        return places
+
 
 def _own_ids(index: Any) -> NDArray[np.int64] | None:
     """The ids that an index gives its vectors, where that can be told without a search."""
     index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
     if hasattr(index, "id_map"):
         numbers: NDArray[np.int64] = faiss.vector_to_array(index.id_map)
         return numbers
-    if isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
     if isinstance(index, faiss.IndexIVF):
         return None
     return np.arange(index.ntotal)
@@ -282,6 +326,52 @@ def _names(ids: Any, size: int, name: str) -> Ids | None:
     return names
 
 
+def _order_of(
+    numbers: NDArray[np.int64] | None, counted_up: bool, name: str
+) -> NDArray[np.int64] | None:
+    """What sorts the numbers that an index gives its vectors; ``None`` where these are positions.
+
+    Raises:
+        ValueError: If a number is there twice, or was chosen for a vector of inverted lists, which
+            do not keep the order in which vectors were added.
+    """
+    if not counted_up:
+        raise ValueError(
+            f"ids: {name} was given numbers of its own when its vectors were added, and does not "
+            "keep their order; expected a store that has these numbers as ids, got an id for each "
+            "vector"
+        )
+    if numbers is None or (numbers == np.arange(len(numbers))).all():
+        return None
+    order = np.argsort(numbers, kind="stable")
+    twice = numbers[order][1:] == numbers[order][:-1]
+    if twice.any():
+        raise ValueError(
+            f"ids: expected each number of {name} once, to give it an id of the store; got "
+            f"{int(numbers[order][1:][twice][0])} more than once"
+        )
+    return order
+
+
+def _counted_up(index: Any) -> bool:
+    """Whether the ids of some inverted lists rise from zero on, as they do without a choice."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    seen = 0
+    for number in range(index.nlist):
+        size = index.invlists.list_size(number)
+        if not size:
+            continue
+        ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
+        if ids[0] < 0 or ids.max() >= index.ntotal or (np.diff(ids) <= 0).any():
+            return False
+        seen += size
+        if seen >= _LOOKED_AT:
+            break
+    return True
+
+
 def _on_device(index: Any, device: str) -> Any:
     kind = torch.device(device)
     if kind.type == "cpu":
@@ -293,6 +383,14 @@ def _on_device(index: Any, device: str) -> Any:
 
 
 def _set_parameter(index: Any, parameter: str, value: float, what: str) -> None:
+    # FAISS would cut a fraction off, and count nothing or the wrong way round without a word.
+    least = 0 if parameter.split("_")[-1] in _MAY_BE_ZERO else 1
+    whole = "factor" in parameter or float(value).is_integer()
+    if not (np.isfinite(value) and value >= least and whole):
+        raise ValueError(
+            f"parameters: expected {parameter!r} to be a whole number of {least} or more, "
+            f"got {value:g}"
+        )
     on_gpu = type(index).__name__.startswith("Gpu")
     space = faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()
     try:

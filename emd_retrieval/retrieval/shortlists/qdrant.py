@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class QdrantShortlist:
         normalize: Scale queries to unit norm, as a collection of unit vectors wants them.
 
     Raises:
+        ConnectionError: If the server cannot be reached, or refuses.
+        FileNotFoundError: If there is no such folder.
         ImportError: If ``qdrant-client`` is not installed.
         ValueError: If there is no such collection, or its metric or vectors do not fit.
 
@@ -80,6 +83,9 @@ class QdrantShortlist:
                 client = qdrant.QdrantClient(url=url, api_key=api_key, timeout=timeout)
             elif path == ":memory:":
                 client = qdrant.QdrantClient(":memory:")
+            elif not Path(str(path)).is_dir():
+                # The client would make an empty one.
+                raise FileNotFoundError(f"qdrant: no folder {str(path)!r}; expected one, or a URL")
             else:
                 client = qdrant.QdrantClient(path=str(path))
             self._close: Callable[[], Any] = weakref.finalize(self, client.close)
@@ -87,6 +93,8 @@ class QdrantShortlist:
             self._close = _nothing
         self._client = client
         self._models = qdrant.models
+        self._refused = import_module("qdrant_client.http.exceptions").ApiException
+        self._where = "the client" if url is None and path is None else str(url or path)
         self.collection = collection
         self.vector_name = vector_name
         self.id_key = id_key
@@ -111,12 +119,14 @@ class QdrantShortlist:
     def _vectors(self) -> tuple[int, str]:
         """Dimensions and metric of the collection."""
         client, collection, vector_name = self._client, self.collection, self.vector_name
-        if not client.collection_exists(collection):
-            names = sorted(c.name for c in client.get_collections().collections)
-            raise ValueError(
-                f"qdrant: no collection {collection!r}; there are {', '.join(names) or 'none'}"
-            )
-        vectors = client.get_collection(collection).config.params.vectors
+        with self._asking():
+            if not client.collection_exists(collection):
+                names = sorted(c.name for c in client.get_collections().collections)
+                raise ValueError(
+                    f"qdrant: no collection {collection!r} in {self._where}; there are "
+                    f"{', '.join(names) or 'none'}"
+                )
+            vectors = client.get_collection(collection).config.params.vectors
         if isinstance(vectors, dict):
             if vector_name not in vectors:
                 raise ValueError(
@@ -144,10 +154,11 @@ class QdrantShortlist:
         queries = query_array(vectors, self.channels, what, normalize=self.normalize)
         found: list[list[tuple[Any, float]]] = []
         for start in range(0, len(queries), _BATCH):
-            answers = self._client.query_batch_points(
-                self.collection,
-                requests=[self._request(query, k) for query in queries[start : start + _BATCH]],
-            )
+            some = queries[start : start + _BATCH]
+            with self._asking():
+                answers = self._client.query_batch_points(
+                    self.collection, requests=[self._request(query, k) for query in some]
+                )
             found += [
                 [(self._id_of(point), float(point.score)) for point in answer.points]
                 for answer in answers
@@ -172,16 +183,18 @@ class QdrantShortlist:
             ValueError: If some are not, with the numbers; or if queries are scaled to unit norm,
                 but the points, which are compared by their distance, are not.
         """
-        points, _ = self._client.scroll(
-            self.collection,
-            limit=_SAMPLED,
-            with_payload=[self.id_key] if self.id_key else False,
-            with_vectors=False,
-        )
-        if self.normalize and self.metric == "Euclid":
-            some, _ = self._client.scroll(
-                self.collection, limit=_NORMS, with_payload=False, with_vectors=True
+        with self._asking():
+            points, _ = self._client.scroll(
+                self.collection,
+                limit=_SAMPLED,
+                with_payload=[self.id_key] if self.id_key else False,
+                with_vectors=False,
             )
+        if self.normalize and self.metric == "Euclid":
+            with self._asking():
+                some, _ = self._client.scroll(
+                    self.collection, limit=_NORMS, with_payload=False, with_vectors=True
+                )
             vectors = [point.vector for point in some]
             if self.vector_name is not None:
                 vectors = [named[self.vector_name] for named in vectors]
@@ -194,6 +207,12 @@ class QdrantShortlist:
             ids = np.array(names, np.int64)
         if not names:
             raise ValueError(f"qdrant: collection {self.collection!r} has no points")
+        if isinstance(ids, np.ndarray) and self.id_key is None and store.manifest.ids == "string":
+            raise ValueError(
+                f"ids: the points of collection {self.collection!r} have whole numbers, the store "
+                f"{store.path.name} has strings as ids; expected id_key (--id-key), the payload "
+                "entry with the store's id, got none"
+            )
         check_ids_in_store(ids, store, f"collection {self.collection!r}")
 
     def describe(self) -> dict[str, Any]:
@@ -218,13 +237,31 @@ class QdrantShortlist:
     def _id_of(self, point: Any) -> Any:
         if self.id_key is None:
             return point.id
-        payload = point.payload or {}
+        payload: dict[str, Any] = point.payload or {}
         if self.id_key not in payload:
             raise ValueError(
                 f"qdrant: point {point.id!r} of {self.collection!r} has no {self.id_key!r} in its "
                 "payload"
             )
-        return payload[self.id_key]
+        name = payload[self.id_key]
+        if not isinstance(name, int | str):
+            raise ValueError(
+                f"qdrant: expected a whole number or a string as {self.id_key!r} of point "
+                f"{point.id!r} of {self.collection!r}, got {name!r}"
+            )
+        return name
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Turns the client's own errors, which are of its HTTP library, into a usual one."""
+        try:
+            yield
+        except self._refused as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ConnectionError(
+                f"qdrant: {self._where} cannot be asked for collection {self.collection!r} "
+                f"({reason})"
+            ) from error
 
 
 def _nothing() -> None:

@@ -96,6 +96,11 @@ class CandidateTable:
             hint = ""
             if str(missing[0]) in {str(query) for query in self.queries}:
                 hint = "; it has ids as numbers where the queries have text, or the other way round"
+            elif self.queries:
+                hint = (
+                    f"; the first that it has is {self.queries[0]!r}. Queries are called as their "
+                    "files are, those of an .npy 0, 1, 2, ..., those of an .npz as its array 'ids'"
+                )
             raise ValueError(
                 f"candidates: {self.name} has none for {len(missing)} of {len(queries)} queries, "
                 f"the first is {missing[0]!r}{hint}"
@@ -171,12 +176,20 @@ def _from_rows(table: pd.DataFrame, name: str) -> CandidateTable:
             )
         if table[column].isna().any():
             raise ValueError(f"candidates: {name} has rows without a value for {column!r}")
+    if not len(table):
+        raise ValueError(f"candidates: {name} has no rows")
     for column in {"score", "rank"} & set(table.columns):
         numeric = pd.api.types.is_numeric_dtype(table[column])
         if not numeric or not np.isfinite(table[column].to_numpy(dtype=np.float64)).all():
             raise ValueError(f"candidates: expected a number in every row of {column!r} in {name}")
-    if not len(table):
-        raise ValueError(f"candidates: {name} has no rows")
+    # A place without a candidate may be there as often as it likes.
+    twice = table.duplicated(["query", "id"]) & (table["id"] != ABSENT)
+    if twice.any():
+        query, identity = (table.loc[twice, name].tolist()[0] for name in ("query", "id"))
+        raise ValueError(
+            f"candidates: expected each id once a query in {name}, got {identity!r} more than once "
+            f"for query {query!r} ({int(twice.sum())} such rows)"
+        )
     if "rank" in table:
         table = table.sort_values("rank", kind="stable")
     elif "score" in table:

@@ -133,6 +133,59 @@ def test_stores_with_strings_want_names(tmp_path, vectors, queries):
         FaissIndexShortlist(built("Flat", vectors), ids=names[1:])
 
 
+@pytest.mark.parametrize("factory", ["IDMap,Flat", "IDMap2,HNSW16", "PCA16,IDMap,Flat"])
+def test_names_go_with_vectors_in_the_order_of_adding(tmp_path, vectors, factory):
+    numbers = np.random.default_rng(0).permutation(SIZE) * 3 - SIZE
+    numbers[numbers == -1] = 5000
+    names = [f"bird {i}" for i in range(SIZE)]
+    index = built(factory, vectors, ids=numbers)
+    shortlist = FaissIndexShortlist(index, ids=names, parameters={"efSearch": 200} if "HNSW" in
+                                    factory else {})  # fmt: skip
+    shortlist.check(store_of(tmp_path / "s.store", names))
+    found = shortlist.search(vectors[:50], 2)
+    assert found.ids[:, 0].tolist() == names[:50]
+    assert FaissIndexShortlist(index).search(vectors[:50], 1).ids[:, 0].tolist() == (
+        numbers[:50].tolist()
+    )
+    twice = numbers.copy()
+    twice[7] = twice[9]
+    with pytest.raises(ValueError, match=rf"ids: expected each number .* got {twice[7]} more than"):
+        FaissIndexShortlist(built(factory, vectors, ids=twice), ids=names)
+
+
+def test_names_do_not_fit_lists_with_numbers_of_their_own(vectors):
+    names = [f"bird {i}" for i in range(SIZE)]
+    for numbers in (np.arange(SIZE) + 7, np.arange(SIZE)[::-1].copy(), np.arange(SIZE) - 3):
+        index = built("IVF8,Flat", vectors, ids=numbers)
+        with pytest.raises(ValueError, match=r"ids: the index was given numbers of its own"):
+            FaissIndexShortlist(index, ids=names)
+    counted = FaissIndexShortlist(built("IVF8,Flat", vectors), ids=names, parameters={"nprobe": 8})
+    assert counted.search(vectors[:9], 1).ids[:, 0].tolist() == names[:9]
+
+
+def test_the_stores_order_is_taken_only_where_it_can_be_meant(tmp_path, vectors):
+    names = [f"bird {i}" for i in range(SIZE)]
+    store = store_of(tmp_path / "s.store", names)
+    for factory in ("Flat", "IDMap,Flat", "IVF8,Flat"):
+        ids = np.arange(SIZE) if "IDMap" in factory else None
+        shortlist = FaissIndexShortlist(built(factory, vectors, ids=ids), parameters=ivf(factory))
+        shortlist.take_order_of(store)
+        assert shortlist.search(vectors[:5], 1).ids[:, 0].tolist() == names[:5]
+    for factory, ids in (("IDMap,Flat", np.arange(SIZE)[::-1].copy()),
+                         ("IVF8,Flat", np.arange(SIZE) + 1)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"ids: g has? .*numbers of its|ids: g was given num"):
+            FaissIndexShortlist(built(factory, vectors, ids=ids), name="g").take_order_of(store)
+    short = FaissIndexShortlist(built("Flat", vectors[:500]), name="g")
+    with pytest.raises(ValueError, match=r"g has 500 vectors, the store s\.store has 600 sets"):
+        short.take_order_of(store)
+
+
+@pytest.mark.parametrize("value", [0, -4, 1.5, float("nan"), float("inf")])
+def test_parameters_that_count_nothing_are_refused(vectors, value):
+    with pytest.raises(ValueError, match=r"parameters: expected 'nprobe' to be a whole number"):
+        FaissIndexShortlist(built("IVF8,Flat", vectors), parameters={"nprobe": value})
+
+
 def test_refusals_name_the_numbers(vectors, queries):
     shortlist = FaissIndexShortlist(built("Flat", vectors), name="gallery.faiss")
     with pytest.raises(ValueError, match=r"gallery\.faiss has 16 dimensions, .* vectors have 8"):

@@ -55,7 +55,7 @@ def test_ids_from_the_payload_end_to_end(tmp_path, vectors):
     assert found.ids.tolist() == [["0.jpg"], ["1.jpg"]]
     with pytest.raises(ValueError, match=r"point 0 of 'birds' has no 'name' in its payload"):
         QdrantShortlist("birds", client=client, id_key="name").check(store)
-    with pytest.raises(ValueError, match=r"has whole numbers as ids, the store s strings"):
+    with pytest.raises(ValueError, match=r"the store s has strings as ids; expected id_key"):
         QdrantShortlist("birds", client=client).check(store)
 
 
@@ -63,7 +63,7 @@ def test_refusals(vectors):
     client = client_with(vectors, models.Distance.MANHATTAN)
     with pytest.raises(ValueError, match=r"metric Manhattan; expected Cosine, Dot or Euclid"):
         QdrantShortlist("birds", client=client)
-    with pytest.raises(ValueError, match=r"no collection 'cats'; there are birds"):
+    with pytest.raises(ValueError, match=r"no collection 'cats' in the client; there are birds"):
         QdrantShortlist("cats", client=client)
     with pytest.raises(ValueError, match="one of url, path and client"):
         QdrantShortlist("birds")
@@ -108,3 +108,23 @@ def test_a_client_of_its_own_is_closed(tmp_path, vectors):
     mine = client_with(vectors, models.Distance.DOT)
     QdrantShortlist("birds", client=mine).close()
     assert mine.collection_exists("birds")
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"qdrant: no folder '.*none'"):
+        QdrantShortlist("birds", path=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Failed to obtain server version")
+def test_a_server_that_does_not_answer_is_a_usual_error():
+    with pytest.raises(ConnectionError, match=r"qdrant: http://127\.0\.0\.1:9 cannot be asked for"):
+        QdrantShortlist("birds", url="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("value", [3.5, ["a"], {"a": 1}])
+def test_a_payload_that_is_no_id_is_refused(tmp_path, vectors, value):
+    client = client_with(vectors, models.Distance.DOT)
+    client.set_payload("birds", {"file": value}, points=[0])
+    with pytest.raises(ValueError, match=r"a whole number or a string as 'file' of point 0"):
+        QdrantShortlist("birds", client=client, id_key="file").search(vectors[:1], 40)

@@ -81,6 +81,12 @@ def test_a_query_leaves_itself_out():
         (rows(score=[1, 2, np.nan, 4, 5]), r"a number in every row of 'score'"),
         (rows().assign(query=["a", None, "a", "b", "c"]), r"without a value for 'query'"),
         (rows().iloc[:0], r"has no rows"),
+        (rows(score=["x"] * 5).iloc[:0], r"has no rows"),
+        (
+            rows().assign(query="q", id=[1, 2, 1, -1, -1]),
+            r"each id once a query in t\.csv, got 1 "
+            r"more than once for query 'q' \(1 such rows\)",
+        ),
     ],
 )
 def test_bad_tables(tmp_path, table, words):
@@ -109,6 +115,8 @@ def test_bad_files(tmp_path):
 def test_queries_without_candidates():
     table = CandidateTable([1, 2], Candidates(np.array([[1], [2]])), name="t.csv")
     with pytest.raises(ValueError, match=r"t\.csv has none for 1 of 2 queries, the first is 3"):
+        table.of([1, 3])
+    with pytest.raises(ValueError, match=r"is 3; the first that it has is 1\. Queries are called"):
         table.of([1, 3])
     with pytest.raises(ValueError, match=r"it has ids as numbers where the queries have text"):
         table.of(["1"])
