@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from emd_retrieval.transport import solve
+from emd_retrieval.transport.solve import native_is_built
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,11 @@ def solve_pairs(
     for block in problems.blocks(Q, R):
         (height, width), flat = block.shape, block.flat(left.device)
         rows, cols = left[block.rows].view(height * N, E), right[block.cols].view(width * M, E)
-        cost = torch.addmm(one, rows, cols.mT, alpha=-1, out=grid.of(height * N, width * M))
+        cost = grid.of(height * N, width * M)
+        for top in range(0, height, strip := -(-height // 4) if block.upper else height):
+            # Of a block that is cut in half along its diagonal, most of the lower half is left out.
+            part, start = slice(top * N, (top + strip) * N), top * M if block.upper else 0
+            torch.addmm(one, rows[part], cols[start:].mT, alpha=-1, out=cost[part, start:])
         # A solver takes problem after problem, the GEMM leaves row after row.
         costs = problem.of(height, width, N, M)
         costs.copy_(cost.view(height, N, width, M).transpose(1, 2))
@@ -248,30 +253,44 @@ class _PairSimilarities(torch.autograd.Function):
         if ctx.symmetric:
             # Both orders of a pair are one problem; the diagonal counts once.
             grad = grad.triu() + grad.tril(-1).mT
+        # Sets compared among themselves are one tensor: its gradient is gathered in one place.
+        one_side = ctx.symmetric and left.data_ptr() == right.data_ptr() and wants[0] and wants[1]
         grad_left = left.new_zeros(left.shape) if wants[0] else None
-        grad_right = right.new_zeros(right.shape) if wants[1] else None
+        grad_right = right.new_zeros(right.shape) if wants[1] and not one_side else None
         grad_supply, grad_demand = (
             left.new_zeros(shape) if want else None
             for shape, want in zip(ctx.weights_shape, wants[2:4], strict=True)
         )
         workspace = _Workspace(left)
-        one_side = left.data_ptr() == right.data_ptr() and wants[0] and wants[1]
         for number, block in enumerate(ctx.blocks):
             flow, supply_potential, demand_potential = kept[3 * number : 3 * number + 3]
             rows, cols = block.rows, block.cols
             flat = block.flat(left.device)
             upstream = block.take(grad[rows, cols], flat)
-            if flow is not None and (wants[0] or wants[1]):
-                moved = _moved(block, flat, flow, upstream, workspace)
-                if one_side and block.upper:
-                    # Both sides are the same rows of the same tensor: one GEMM for both.
-                    moved = moved + moved.mT
-                if grad_left is not None:
-                    part = grad_left[rows].view(len(moved), -1)
-                    part.addmm_(moved, right[cols].view(moved.shape[1], -1))
-                if grad_right is not None and not (one_side and block.upper):
-                    part = grad_right[cols].view(moved.shape[1], -1)
-                    part.addmm_(moved.mT, left[rows].view(len(moved), -1))
+            to_left = None if grad_left is None else grad_left[rows]
+            to_right = grad_left if one_side else grad_right
+            to_right = None if to_right is None else to_right[cols]
+            if flow is not None:
+                if left.device.type == "cpu" and native_is_built():
+                    from emd_retrieval.transport.simplex import add_flow_products
+
+                    add_flow_products(
+                        flow,
+                        upstream.contiguous(),
+                        left[rows],
+                        right[cols],
+                        left_gradient=to_left,
+                        right_gradient=to_right,
+                        upper=block.upper,
+                    )
+                else:
+                    moved = _moved(block, flat, flow, upstream, workspace)
+                    for target, share, nodes in (
+                        (to_left, moved, right[cols]),
+                        (to_right, moved.mT, left[rows]),
+                    ):
+                        if target is not None:
+                            target.view(len(share), -1).addmm_(share, nodes.view(len(share.mT), -1))
             for target, potential in (
                 (grad_supply, supply_potential),
                 (grad_demand, demand_potential),

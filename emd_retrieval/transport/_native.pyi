@@ -42,3 +42,13 @@ def top_k(
     threads: int,
     instruction_set: str | None,
 ) -> _Report: ...
+def add_flow_products(
+    flow: _Reals,
+    scale: _Reals,
+    left: _Reals,
+    right: _Reals,
+    left_gradient: _Reals | None,
+    right_gradient: _Reals | None,
+    upper: bool,
+    threads: int,
+) -> None: ...

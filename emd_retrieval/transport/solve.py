@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -239,6 +240,12 @@ def _choose(name: str, nodes: int, device_type: str) -> Solver:
             "or pass cpu_round_trip=True to copy to the CPU and back"
         )
     return solver
+
+
+@cache
+def native_is_built() -> bool:
+    """Whether this installation has the native core."""
+    return find_spec(f"{_PACKAGE}._native") is not None
 
 
 def runs_natively(name: str, cost: Tensor) -> bool:

@@ -270,6 +270,64 @@ Report select_top_k(const Batch<Real>& batch, const TopK<Real>& top, int64_t mos
   return for_each(queries, nanoseconds, execution, select);
 }
 
+template <class Real>
+Report add_grid_products(const GridProducts<Real>& grid, const Execution& execution) {
+  const auto add = [&] {
+    if constexpr (sizeof(Real) == sizeof(float))
+      return execution.kernel.add_float_product;
+    else
+      return execution.kernel.add_double_product;
+  }();
+  const int64_t area = grid.suppliers * grid.demanders;
+  // An item is one set's own gradient, so that no two threads add to the same memory and the order of
+  // the sums does not hang on them; where there are few sets, it is a slice of its channels.
+  const auto add_side = [&](bool transposed) {
+    const int64_t sets = transposed ? grid.columns : grid.rows;
+    const int64_t pairs = transposed ? grid.rows : grid.columns;
+    const int64_t most_slices = std::max<int64_t>(1, grid.channels / 64);
+    const int64_t slices = sets >= 4 * execution.threads || execution.threads == 1
+                               ? 1
+                               : std::min<int64_t>(execution.threads, most_slices);
+    const int64_t width = (grid.channels + slices - 1) / slices;
+    const double nanoseconds =
+        pairs * (0.4 * area + 0.04 * width * (grid.suppliers + grid.demanders)) / (grid.upper ? 2 : 1);
+    return for_each(sets * slices, nanoseconds, execution, [&](void*, int64_t item, Report&, const auto&) {
+      const int64_t set = item / slices, channel = item % slices * width;
+      FlowProduct<Real> product{};
+      product.suppliers = grid.suppliers;
+      product.demanders = grid.demanders;
+      product.transposed = transposed;
+      product.stride = grid.channels;
+      product.channels = std::min(width, grid.channels - channel);
+      const int64_t from = grid.upper && !transposed ? set : 0;
+      const int64_t to = grid.upper && transposed ? set + 1 : pairs;
+      for (int64_t other = from; other < to; other++) {
+        const int64_t row = transposed ? other : set, column = transposed ? set : other;
+        const int64_t before = grid.upper ? row * (row + 1) / 2 : 0;  // pairs left out up to here
+        const int64_t pair = row * grid.columns + column - before;
+        product.flow = grid.flow + pair * area;
+        product.scale = grid.scale[pair];
+        if (product.scale == 0) continue;
+        if (transposed) {
+          product.own = grid.right_gradient + set * grid.demanders * grid.channels + channel;
+          product.others = grid.left + other * grid.suppliers * grid.channels + channel;
+        } else {
+          product.own = grid.left_gradient + set * grid.suppliers * grid.channels + channel;
+          product.others = grid.right + other * grid.demanders * grid.channels + channel;
+        }
+        add(product);
+      }
+      return Outcome::solved;
+    });
+  };
+  Report report;
+  if (grid.left_gradient) report = add_side(false);
+  if (grid.right_gradient && !report.interrupted) report = add_side(true);
+  return report;
+}
+
+template Report add_grid_products(const GridProducts<float>&, const Execution&);
+template Report add_grid_products(const GridProducts<double>&, const Execution&);
 template Report solve_batch(const Batch<float>&, const PlanArrays<float>&, int64_t, const Execution&);
 template Report solve_batch(const Batch<double>&, const PlanArrays<double>&, int64_t,
                             const Execution&);

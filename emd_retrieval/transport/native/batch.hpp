@@ -76,4 +76,22 @@ template <class Real>
 Report select_top_k(const Batch<Real>& batch, const TopK<Real>& top, int64_t most_pivots,
                     const Execution& execution);
 
+// Gradients with respect to the nodes of a grid of pairs of sets, or of the upper half of a square one,
+// its diagonal included: left gets the sum over right sets of flow * scale @ their nodes, right the
+// transpose. Either gradient may be null; both may be the same memory.
+template <class Real>
+struct GridProducts {
+  const Real* flow;   // [pairs, suppliers, demanders], pairs row after row
+  const Real* scale;  // [pairs]
+  const Real* left;   // [rows, suppliers, channels]
+  const Real* right;  // [columns, demanders, channels]
+  Real* left_gradient;
+  Real* right_gradient;
+  int64_t rows, columns, suppliers, demanders, channels;
+  bool upper;
+};
+
+template <class Real>
+Report add_grid_products(const GridProducts<Real>& grid, const Execution& execution);
+
 }  // namespace emd

@@ -67,6 +67,19 @@ struct Solver {
   Outcome (*bound)(void* workspace, const Problem<Real>&, double& bound_per_mass);
 };
 
+// Of the gradient with respect to nodes: own += flow * scale @ others, or its transpose, for one pair of
+// sets. A flow is mostly zeros (a basis has suppliers + demanders - 1 arcs), which are passed over.
+template <class Real>
+struct FlowProduct {
+  const Real* flow;  // [suppliers, demanders]
+  int64_t suppliers, demanders;
+  Real scale;
+  bool transposed;     // own is the demanders' side
+  const Real* others;  // nodes of the other side, a row every stride
+  Real* own;           // nodes of its own side
+  int64_t channels, stride;
+};
+
 // What is compiled for one instruction set.
 struct Kernel {
   const char* instruction_set;
@@ -74,6 +87,8 @@ struct Kernel {
   size_t workspace_alignment;
   Solver<float> (*float_solver)(int suppliers, int demanders);
   Solver<double> (*double_solver)(int suppliers, int demanders);
+  void (*add_float_product)(const FlowProduct<float>&);
+  void (*add_double_product)(const FlowProduct<double>&);
 };
 
 #ifdef EMD_X86_KERNELS

@@ -145,6 +145,34 @@ PythonReport top_k(const Array<const Real, 3>& cost, const Array<const Real, 2>&
   });
 }
 
+template <class Real>
+void add_flow_products(const Array<const Real, 3>& flow, const Array<const Real, 1>& scale,
+                       const Array<const Real, 3>& left, const Array<const Real, 3>& right,
+                       const OptionalArray<Real, 3>& left_gradient,
+                       const OptionalArray<Real, 3>& right_gradient, bool upper, int threads) {
+  const int64_t rows = left.shape(0), columns = right.shape(0);
+  const int64_t pairs = upper ? rows * (rows + 1) / 2 : rows * columns;
+  if (int64_t(flow.shape(0)) != pairs || int64_t(scale.shape(0)) != pairs ||
+      flow.shape(1) != left.shape(1) || flow.shape(2) != right.shape(1) ||
+      left.shape(2) != right.shape(2) || (upper && rows != columns))
+    throw std::invalid_argument("flow, scale, left, right: sizes do not fit");
+  const emd::GridProducts<Real> grid{flow.data(),
+                                     scale.data(),
+                                     left.data(),
+                                     right.data(),
+                                     data_of<Real, 3>(left_gradient, left.size(), "left_gradient"),
+                                     data_of<Real, 3>(right_gradient, right.size(), "right_gradient"),
+                                     rows,
+                                     columns,
+                                     int64_t(left.shape(1)),
+                                     int64_t(right.shape(1)),
+                                     int64_t(left.shape(2)),
+                                     upper};
+  run(std::nullopt, threads, [&](const emd::Execution& execution) {
+    return emd::add_grid_products(grid, execution);
+  });
+}
+
 // An argument that is used where it lies: nanobind would else copy what does not fit, results included.
 inline auto in_place(const char* name) { return nb::arg(name).noconvert(); }
 
@@ -156,6 +184,9 @@ void define_for(nb::module_& module) {
              nb::arg("instruction_set").none());
   module.def("lower_bound", lower_bound<Real>, in_place("cost"), in_place("supply"), in_place("demand"),
              in_place("bound"), nb::arg("threads"), nb::arg("instruction_set").none());
+  module.def("add_flow_products", add_flow_products<Real>, in_place("flow"), in_place("scale"),
+             in_place("left"), in_place("right"), in_place("left_gradient").none(),
+             in_place("right_gradient").none(), nb::arg("upper"), nb::arg("threads"));
   module.def("top_k", top_k<Real>, in_place("cost"), in_place("supply"), in_place("demand"),
              in_place("mass"), in_place("distance"), in_place("index"), in_place("solved"), nb::arg("most_pivots"),
              nb::arg("threads"), nb::arg("instruction_set").none());
