@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import save_file
 
 from emd_retrieval._checksums import (
-    check_archive,
+    check_checkpoint,
     load_table,
     load_tensors,
     save_table,
@@ -134,7 +134,7 @@ def run_kinds(folder: Path) -> list[Kind]:
     record.save(run)
 
     def resumed() -> str:
-        check_archive(checkpoint)
+        check_checkpoint(checkpoint)
         state = torch.load(checkpoint, weights_only=True)
         return text_of(*state["state"].values(), state["global_step"], state["callbacks"])
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import pandas as pd
 import pyarrow as pa
@@ -24,6 +26,8 @@ from torch import Tensor
 from emd_retrieval._files import whole_file
 
 SEAL = "sha256"
+# The last bytes of an archive without a comment: a signature, and the number of its members.
+_ZIP_END = struct.Struct("<4s6xH10x")
 
 
 class AlteredError(ValueError):
@@ -137,18 +141,39 @@ def _table_digest(table: pd.DataFrame) -> str:
     return hashlib.sha256(table.to_csv().encode()).hexdigest()
 
 
-def check_archive(path: str | Path) -> None:
-    """Hold every member of a zip archive, as torch writes its checkpoints, against its CRC-32.
-
-    Torch itself reads members without looking at their checksums.
+def check_checkpoint(path: str | Path) -> None:
+    """Hold a checkpoint of torch's against its checksums, which torch does not look at.
 
     Raises:
-        ValueError: If the archive is truncated; an :class:`AlteredError` if a member was altered.
+        ValueError: If it is truncated or damaged; an :class:`AlteredError` if a member was altered.
+    """
+    check_archive(path)
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:  # its reader takes offence at fields that no checksum is over
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0][:200]})") from error
+
+
+def check_archive(path: str | Path) -> None:
+    """Hold every member of a zip archive against its CRC-32, and their number against its end.
+
+    Raises:
+        ValueError: If the archive is truncated; an :class:`AlteredError` if a member was altered
+            or is hidden.
     """
     try:
         with ZipFile(path) as archive:
             bad = archive.testzip()
-    except (BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+            count = len(archive.infolist())
+        with Path(path).open("rb") as file:
+            file.seek(-_ZIP_END.size, os.SEEK_END)
+            signature, listed = _ZIP_END.unpack(file.read())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of zipfile and its decompressors, whatever damage makes of them
         raise ValueError(f"{path} is truncated or damaged ({error})") from error
     if bad is not None:
         raise AlteredError(f"{path} was altered: {bad} does not fit its checksum")
+    # An altered entry of the list can swallow those behind it. Large archives count elsewhere.
+    if signature == b"PK\5\6" and listed not in (count, 0xFFFF):
+        raise AlteredError(f"{path} was altered: it lists {count} of its {listed} members")

@@ -16,6 +16,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from emd_retrieval._checksums import check_archive
+
 TABLES = (".parquet", ".pq", ".csv")
 # Up to 18 digits fit int64; a number written otherwise, as 007 or 1.0, is a name.
 _WHOLE = re.compile(r"-?[1-9][0-9]{0,17}|0")
@@ -63,6 +65,7 @@ def read_arrays(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
         if isinstance(loaded, np.ndarray):
             return loaded
         with loaded:
+            check_archive(path)
             return {name: loaded[name] for name in loaded.files}
     except Exception as error:  # of NumPy, zipfile and zlib, whatever a damaged file makes of them
         raise ValueError(f"{path.name} is not a readable file of arrays ({error})") from error

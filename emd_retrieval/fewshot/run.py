@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from emd_retrieval._checksums import check_archive, load_tensors, save_tensors
+from emd_retrieval._checksums import check_checkpoint, load_tensors, save_tensors
 from emd_retrieval._files import check_folder, write_text
 from emd_retrieval.datasets import ImageCollection, ImageDataset
 from emd_retrieval.features import Extractor, build_extractor, extract_features, load_backbone
@@ -53,6 +53,7 @@ from emd_retrieval.training.model import (
 )
 from emd_retrieval.training.monitor import BEST_FILE, CHECKPOINT_FILE, LOG_FILE
 from emd_retrieval.training.recipe import RANDOM_WEIGHTS
+from emd_retrieval.training.run_lock import only_writer
 from emd_retrieval.training.trunk_cache import state_checksum
 
 _LOG = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ def pretrain(
         ValueError: If the folder holds another run, one from other ``weights`` among them, or the
             data cannot give the episodes.
         NonFiniteLossError: If a loss is not finite.
+        StoreLockedError: If another process trains in the run's folder.
     """
     run = Path(run)
     finished = _finished(recipe, "pretrain", run, data)
@@ -177,6 +179,7 @@ def meta_train(
         ValueError: If the folder holds another run, ``start`` is of another backbone, image size
             or data set, or the data cannot give the episodes.
         NonFiniteLossError: If a loss is not finite.
+        StoreLockedError: If another process trains in the run's folder.
     """
     run = Path(run)
     check_fits(recipe, start)
@@ -426,59 +429,60 @@ def _run(
     more: Mapping[str, Any] | None = None,
 ) -> FewshotRun:
     place = Place() if place is None else place
-    write_text(run / RECIPE_FILE, recipe.to_yaml())
-    workers = default_workers() if place.workers is None else place.workers
-    # Slicing what is in memory costs less than handing it from one process to another.
-    workers = 0 if isinstance(stage.source, MemoryViews) else workers
-    stage.extractor.to(memory_format=torch.channels_last)
-    if place.compiled:
-        stage.extractor.backbone.compile()
-    began = time.monotonic()
-    checkpoint = run / CHECKPOINT_FILE
-    callbacks: list[Any] = [monitor]
-    if description is not None:
-        callbacks.append(StepProgress(description, monitor.steps))
-    with quiet_lightning(), torch_threads(place.threads), torch.random.fork_rng():
-        trainer = lightning.Trainer(
-            max_steps=monitor.steps,
-            max_epochs=-1,
-            accumulate_grad_batches=accumulate,
-            accelerator=place.accelerator,
-            devices=1,
-            precision="bf16-mixed" if stage.settings.bf16 else "32-true",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=callbacks,
+    with only_writer(run):
+        write_text(run / RECIPE_FILE, recipe.to_yaml())
+        workers = default_workers() if place.workers is None else place.workers
+        # Slicing what is in memory costs less than handing it from one process to another.
+        workers = 0 if isinstance(stage.source, MemoryViews) else workers
+        stage.extractor.to(memory_format=torch.channels_last)
+        if place.compiled:
+            stage.extractor.backbone.compile()
+        began = time.monotonic()
+        checkpoint = run / CHECKPOINT_FILE
+        callbacks: list[Any] = [monitor]
+        if description is not None:
+            callbacks.append(StepProgress(description, monitor.steps))
+        with quiet_lightning(), torch_threads(place.threads), torch.random.fork_rng():
+            trainer = lightning.Trainer(
+                max_steps=monitor.steps,
+                max_epochs=-1,
+                accumulate_grad_batches=accumulate,
+                accelerator=place.accelerator,
+                devices=1,
+                precision="bf16-mixed" if stage.settings.bf16 else "32-true",
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=callbacks,
+            )
+            resume = str(checkpoint) if checkpoint.is_file() else None
+            if resume is not None:
+                check_checkpoint(checkpoint)
+                _LOG.info("going on from %s", checkpoint)
+            loader = StageData(batches, stage.source, accumulate=accumulate, workers=workers)
+            # Backbones are built in evaluation mode, and Lightning leaves the mode as it is.
+            stage.train()
+            if monitor.steps:
+                trainer.fit(stage, loader, ckpt_path=resume, weights_only=True)
+        extractor = stage.extractor.cpu()
+        if (run / BEST_FILE).is_file():
+            _load(extractor, run / BEST_FILE)
+        _save(extractor, recipe, run / WEIGHTS_FILE)
+        write_summary(
+            run,
+            {
+                "stage": name,
+                "steps": trainer.global_step,
+                "best_step": monitor.best_step if monitor.best else trainer.global_step,
+                "validation": monitor.best,
+                "data": data.describe(),
+                "seconds": round(time.monotonic() - began, 1),
+                "versions": package_versions(),
+                **(more or {}),
+            },
         )
-        resume = str(checkpoint) if checkpoint.is_file() else None
-        if resume is not None:
-            check_archive(checkpoint)
-            _LOG.info("going on from %s", checkpoint)
-        loader = StageData(batches, stage.source, accumulate=accumulate, workers=workers)
-        # Backbones are built in evaluation mode, and Lightning leaves the mode as it is.
-        stage.train()
-        if monitor.steps:
-            trainer.fit(stage, loader, ckpt_path=resume, weights_only=True)
-    extractor = stage.extractor.cpu()
-    if (run / BEST_FILE).is_file():
-        _load(extractor, run / BEST_FILE)
-    _save(extractor, recipe, run / WEIGHTS_FILE)
-    write_summary(
-        run,
-        {
-            "stage": name,
-            "steps": trainer.global_step,
-            "best_step": monitor.best_step if monitor.best else trainer.global_step,
-            "validation": monitor.best,
-            "data": data.describe(),
-            "seconds": round(time.monotonic() - began, 1),
-            "versions": package_versions(),
-            **(more or {}),
-        },
-    )
-    (run / BEST_FILE).unlink(missing_ok=True)
+        (run / BEST_FILE).unlink(missing_ok=True)
     return load_fewshot_run(run)
 
 

@@ -17,7 +17,7 @@ import torch.distributed
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from emd_retrieval._checksums import check_archive
+from emd_retrieval._checksums import check_checkpoint
 from emd_retrieval._files import check_folder, write_text
 from emd_retrieval.datasets import ImageCollection, ImageDataset
 from emd_retrieval.features import FeatureSet, extract_features
@@ -46,6 +46,7 @@ from emd_retrieval.training.model import (
 )
 from emd_retrieval.training.monitor import BEST_FILE, CHECKPOINT_FILE, Monitor
 from emd_retrieval.training.recipe import Recipe, load_recipe
+from emd_retrieval.training.run_lock import only_writer
 from emd_retrieval.training.task import (
     CachedInputs,
     DecodedInputs,
@@ -122,6 +123,7 @@ def train(
     Raises:
         FileNotFoundError: If the weights' file is absent.
         NonFiniteLossError: If a loss is not finite; the batch is saved in the run's folder.
+        StoreLockedError: If another process trains in the run's folder.
         ValueError: If the folder holds a run of another recipe or other data (the differing keys
             are told), there are too few classes, or a setting does not fit.
     """
@@ -133,60 +135,64 @@ def train(
         _clear(run, keep_checkpoint)  # it may have been killed just before
         first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
         return TrainedRun(run, load_model(run, weights=weights), read_summary(run), first)
-    model = build_model(recipe, weights=weights)
-    write_text(run / RECIPE_FILE, recipe.to_yaml())
-    started = weights_record(model, weights)
-    parts = _divide(recipe, data)
-    device = _device(accelerator, devices)
-    # Before DDP lays out its buckets: changed later, as validation would, gradients are scrambled.
-    model.extractor.to(device).to(memory_format=torch.channels_last)
-    folder = run.parent / "cache" if cache is None else Path(cache)
-    source: _Cached | _Decoded
-    if recipe.model.frozen_trunk:
-        source = _Cached.of(model, data, folder, device, workers, compiled)
-    else:
-        source = _Decoded(model, data, device, default_workers() if workers is None else workers)
-    network = (FeatureEmbedding if recipe.model.frozen_trunk else ImageEmbedding)(model)
-    task = MetricLearningTask(
-        network, _loss(model, source, parts), recipe.optimization, run=run, seed=recipe.seed
-    )
-    origin = {"images": described["sha256"], "weights": started["backbone_sha256"]}
-    monitor = _monitor(model, source, parts, run, origin)
-    batches = TrainingData(
-        parts.draw,
-        parts.train_labels,
-        parts.train_rows,
-        source.inputs(parts.draw),
-        accumulate=recipe.optimization.accumulate,
-        workers=workers,
-    )
-    began = time.monotonic()
-    grouped = torch.distributed.is_initialized()
-    trainer = _fit(
-        task, batches, monitor, run, accelerator, devices, nodes, strategy, threads, description
-    )
-    if trainer.is_global_zero:
-        if monitor.best is not None:
-            load_state(model, run / BEST_FILE)
-        model.extractor.cpu()
-        save_state(model, run / WEIGHTS_FILE)
-        write_summary(
-            run,
-            {
-                "steps": trainer.global_step,
-                "best_step": monitor.best_step if monitor.best else trainer.global_step,
-                "stopped_early": monitor.stopped,
-                "validation": monitor.best,
-                "held_out_classes": [data.class_names[c] for c in parts.held_out.tolist()],
-                "weights": started,
-                "data": described,
-                "seconds": round(time.monotonic() - began, 1),
-                "processes": trainer.world_size,
-                "versions": package_versions(),
-            },
+    with only_writer(run):
+        model = build_model(recipe, weights=weights)
+        write_text(run / RECIPE_FILE, recipe.to_yaml())
+        started = weights_record(model, weights)
+        parts = _divide(recipe, data)
+        device = _device(accelerator, devices)
+        # Before DDP lays out its buckets: changed later, as validation would, gradients are
+        # scrambled.
+        model.extractor.to(device).to(memory_format=torch.channels_last)
+        folder = run.parent / "cache" if cache is None else Path(cache)
+        source: _Cached | _Decoded
+        if recipe.model.frozen_trunk:
+            source = _Cached.of(model, data, folder, device, workers, compiled)
+        else:
+            source = _Decoded(
+                model, data, device, default_workers() if workers is None else workers
+            )
+        network = (FeatureEmbedding if recipe.model.frozen_trunk else ImageEmbedding)(model)
+        task = MetricLearningTask(
+            network, _loss(model, source, parts), recipe.optimization, run=run, seed=recipe.seed
         )
-        _clear(run, keep_checkpoint)
-    trainer.strategy.barrier()
+        origin = {"images": described["sha256"], "weights": started["backbone_sha256"]}
+        monitor = _monitor(model, source, parts, run, origin)
+        batches = TrainingData(
+            parts.draw,
+            parts.train_labels,
+            parts.train_rows,
+            source.inputs(parts.draw),
+            accumulate=recipe.optimization.accumulate,
+            workers=workers,
+        )
+        began = time.monotonic()
+        grouped = torch.distributed.is_initialized()
+        trainer = _fit(
+            task, batches, monitor, run, accelerator, devices, nodes, strategy, threads, description
+        )
+        if trainer.is_global_zero:
+            if monitor.best is not None:
+                load_state(model, run / BEST_FILE)
+            model.extractor.cpu()
+            save_state(model, run / WEIGHTS_FILE)
+            write_summary(
+                run,
+                {
+                    "steps": trainer.global_step,
+                    "best_step": monitor.best_step if monitor.best else trainer.global_step,
+                    "stopped_early": monitor.stopped,
+                    "validation": monitor.best,
+                    "held_out_classes": [data.class_names[c] for c in parts.held_out.tolist()],
+                    "weights": started,
+                    "data": described,
+                    "seconds": round(time.monotonic() - began, 1),
+                    "processes": trainer.world_size,
+                    "versions": package_versions(),
+                },
+            )
+            _clear(run, keep_checkpoint)
+        trainer.strategy.barrier()
     if torch.distributed.is_initialized() and not grouped:
         # What follows is one process's work; a later run may be of other processes.
         torch.distributed.destroy_process_group()
@@ -445,7 +451,7 @@ def _fit(
         task.train()
         resume = str(checkpoint) if checkpoint.is_file() else None
         if resume is not None:
-            check_archive(checkpoint)
+            check_checkpoint(checkpoint)
             _LOG.info("going on from %s", checkpoint)
         trainer.fit(task, batches, ckpt_path=resume, weights_only=True)
     task.eval()

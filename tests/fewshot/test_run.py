@@ -29,7 +29,9 @@ from emd_retrieval.fewshot.run import (
 from emd_retrieval.fewshot.stages import MetaTrainingStage, rotate
 from emd_retrieval.fewshot.views import DecodedViews, MemoryViews, resident_pixels, training_views
 from emd_retrieval.matching import EMDMatcher
+from emd_retrieval.retrieval import StoreLockedError
 from emd_retrieval.training import NonFiniteLossError
+from emd_retrieval.training.run_lock import only_writer
 
 SMALL = {
     "data": {"name": "folder"},
@@ -413,3 +415,10 @@ def test_a_loss_that_is_not_finite(splits, tmp_path):
     )
     with pytest.raises(NonFiniteLossError, match=r"loss: nan at batch \d; lower the learning rate"):
         pretrain(recipe, tmp_path / "run", data=splits["train"], description=None)
+
+
+def test_two_processes_do_not_train_in_one_folder(splits, tmp_path):
+    run = tmp_path / "pre"
+    with only_writer(run), pytest.raises(StoreLockedError, match=r"^run: .* is being written by"):
+        run_pretrain(recipe_of(), run, splits)
+    assert [file.name for file in run.iterdir()] == ["writer.lock"]

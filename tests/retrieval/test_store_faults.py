@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -440,20 +438,6 @@ def test_readers_in_another_process_see_whole_rows_during_append(path):
     finally:
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
-
-
-@pytest.mark.slow
-def test_killed_writers_and_extractions(tmp_path):
-    """Three kills of each at random moments; fifty with --times 50."""
-    script = ROOT / "benchmarks" / "stress_store.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--times", "3", "--folder", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("3 kills") == 2
 
 
 def test_parts_are_joined_by_the_last_one(path, sets):

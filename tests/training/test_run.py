@@ -413,7 +413,7 @@ def test_two_processes_are_one(changes, run, tmp_path, cache):
     done = subprocess.run(
         [sys.executable, script, tmp_path / "two", cache],
         env={**_environment(), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=150,
+        capture_output=True, text=True, timeout=480,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,24 @@ _FAITHFUL = (
 )  # fmt: skip
 _MAY_BE_ZERO = ("codes", "ht", "verbose")  # no limit, off
 _SHORTENING = (faiss.IndexPQ, faiss.IndexIVFPQ, faiss.IndexHNSWPQ)
+
+
+# Of FAISS's limit, which is the process's.
+_limit = threading.Lock()
+
+
+def _read_bounded(path: Path) -> Any:
+    """Read an index; one that claims more than its file can hold takes no memory for it."""
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):  # as in earlier releases
+        return faiss.read_index(str(path))
+    with _limit:
+        before = faiss.get_deserialization_vector_byte_limit()
+        # Tables that are computed from what is read may be some times as large.
+        faiss.set_deserialization_vector_byte_limit(16 * path.stat().st_size + 2**26)
+        try:
+            return faiss.read_index(str(path))
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before)
 
 
 class FaissIndexShortlist:
@@ -121,7 +140,7 @@ class FaissIndexShortlist:
             raise FileNotFoundError(f"index: no file {str(path)!r}")
         _check_sum(path)
         try:
-            index = faiss.read_index(str(path))
+            index = _read_bounded(path)
         except (RuntimeError, MemoryError, AssertionError) as error:
             raise ValueError(
                 f"index: {path.name} ({path.stat().st_size} bytes) is truncated, damaged or no "

@@ -1,4 +1,4 @@
-"""One writer a store: a lock that the operating system frees when its process dies."""
+"""One writer a folder: a lock that the operating system frees when its process dies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOCK = "writer.lock"
 
 
 class StoreLockedError(RuntimeError):
-    """Another writer has the store; the message says which process."""
+    """Another writer has the store, or a run's folder; the message says which process."""
 
 
 # POSIX locks exclude processes only, and fork hands none on, so that decoding processes which
@@ -29,17 +29,18 @@ class WriterLock:
     Args:
         folder: The store's folder, which exists.
         patience: Seconds to wait for another writer.
+        name: What the folder is, if no store.
 
     Raises:
         StoreLockedError: If another writer, of this process or any other, has it.
     """
 
-    def __init__(self, folder: Path, *, patience: float = 0.0) -> None:
+    def __init__(self, folder: Path, *, patience: float = 0.0, name: str = "store") -> None:
         deadline = time.monotonic() + patience
         while (held := self._take(folder)) is None:
             if time.monotonic() >= deadline:
                 raise StoreLockedError(
-                    f"store: {folder} is being written by {_holder(folder)}; a store has one "
+                    f"{name}: {folder} is being written by {_holder(folder)}; a {name} has one "
                     "writer at a time"
                 )
             time.sleep(0.05)

@@ -275,3 +275,23 @@ def test_negative_ids_are_ids_and_minus_one_is_none(tmp_path, vectors):
         store_of(tmp_path / "x.store", [3, -1, 4])
     with pytest.raises(ValueError, match=r"1 of its 600 ids .* are not in the store n\.store"):
         FaissIndexShortlist(built("IDMap,Flat", vectors, ids=numbers + 1)).check(store)
+
+
+@pytest.mark.skipif(
+    not hasattr(faiss, "set_deserialization_vector_byte_limit"), reason="an earlier FAISS"
+)
+@pytest.mark.parametrize(("factory", "size"), [("Flat", 4), ("SQ8", 1)])
+def test_an_index_that_claims_more_than_its_file_holds_takes_no_memory(
+    factory, size, tmp_path, vectors
+):
+    """The system would end a process that fills what a flipped bit of a length asks for."""
+    index = built(factory, vectors)
+    file = tmp_path / "large.faiss"
+    faiss.write_index(index, str(file))
+    data = bytearray(file.read_bytes())
+    data[-SIZE * CHANNELS * size - 4] |= 0x20  # of the codes' length before them: 2^37 more
+    file.write_bytes(data)
+    before = faiss.get_deserialization_vector_byte_limit()
+    with pytest.raises(ValueError, match=r"large\.faiss .* is truncated, damaged .*byte_limit"):
+        FaissIndexShortlist.read(file)
+    assert faiss.get_deserialization_vector_byte_limit() == before
