@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.data import Dataset
+
+from emd_retrieval.transport import solve
 
 
 def structured_sets(
@@ -13,3 +16,17 @@ def structured_sets(
     chosen = torch.randint(parts, (count, nodes), generator=generator)
     noise = torch.randn(count, nodes, channels, generator=generator)
     return vocabulary[chosen] + 0.4 * noise
+
+
+class SolvedProblems(Dataset[list[torch.Tensor]]):
+    """Value and flow of transportation problems, solved in whatever process asks for them."""
+
+    def __init__(self, problems: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        self.problems = problems
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def __getitem__(self, number: int) -> list[torch.Tensor]:
+        plan = solve(*self.problems[number])
+        return [plan.value, plan.flow]
