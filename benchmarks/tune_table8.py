@@ -23,7 +23,8 @@ import torch
 import yaml
 
 from emd_retrieval.progress import progress
-from emd_retrieval.workflows.recipes import read_recipe, recipe_files
+from emd_retrieval.training import load_recipe
+from emd_retrieval.workflows.recipes import recipe_files
 from emd_retrieval.workflows.train import Machine, fit, load_data
 
 
@@ -41,7 +42,7 @@ def measure(recipe, overrides, method, folds, data, machine):
     values, steps, start = [], [], time.perf_counter()
     for fold in folds:
         whole = [*overrides, f"validation.fold={fold}"]
-        settings = read_recipe(recipe, method=method, overrides=whole)
+        settings = load_recipe(recipe, method=method, overrides=whole)
         training, _ = load_data(settings, data)
         run = Path(tempfile.mkdtemp())
         try:

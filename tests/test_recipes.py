@@ -8,9 +8,9 @@ import pytest
 import small_data
 import yaml
 
-from emd_retrieval.training import METHODS
+from emd_retrieval.training import METHODS, load_recipe
 from emd_retrieval.workflows import Machine, Table8, TrainRecipe, run_table8, train_recipe
-from emd_retrieval.workflows.recipes import read_recipe, recipe_files
+from emd_retrieval.workflows.recipes import recipe_files
 
 RETRIEVAL = Path(__file__).parents[1] / "recipes" / "retrieval"
 FOLDERS = ["cub200_resnet50", "cub50_efficientnet_lite0", "cub50_finetuned"]
@@ -36,7 +36,7 @@ def test_a_recipe_a_loss(folder):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_method_is_one_word(folder, method):
     for path in recipe_files(RETRIEVAL / folder).values():
-        recipe = read_recipe(path, method=method)
+        recipe = load_recipe(path, method=method)
         assert recipe.model.method == method
         assert recipe.model.embedding_size == 128
         assert recipe.model.frozen_batch_norm
@@ -46,7 +46,7 @@ def test_the_method_is_one_word(folder, method):
 
 def test_the_papers_setting():
     for path in recipe_files(RETRIEVAL / "cub200_resnet50").values():
-        recipe = read_recipe(path)
+        recipe = load_recipe(path)
         assert recipe.model.backbone == "resnet50.tv_in1k"
         assert (recipe.data.classes_train, recipe.data.classes_test) == ("1-100", "101-200")
         assert recipe.model.pyramid == (3, 2, 1)
@@ -60,8 +60,8 @@ def test_the_papers_setting():
 
 def test_finetuning_takes_the_losses_of_the_frozen_runs():
     for loss, path in recipe_files(RETRIEVAL / "cub50_finetuned").items():
-        frozen = read_recipe(RETRIEVAL / "cub50_efficientnet_lite0" / f"{loss}.yaml")
-        recipe = read_recipe(path)
+        frozen = load_recipe(RETRIEVAL / "cub50_efficientnet_lite0" / f"{loss}.yaml")
+        recipe = load_recipe(path)
         assert recipe.loss == frozen.loss
         assert recipe.optimization.steps <= 600
         assert recipe.optimization.batch_size == 32
@@ -73,7 +73,7 @@ def test_the_search_draws_settings_that_there_are():
     for loss, path in recipe_files(RETRIEVAL / "cub50_efficientnet_lite0").items():
         for key, values in {**space["all"], **space[loss]}.items():
             for value in values:
-                read_recipe(path, overrides=[f"{key}={value}"])
+                load_recipe(path, overrides=[f"{key}={value}"])
 
 
 @pytest.fixture
@@ -89,15 +89,15 @@ def folder(tmp_path):
 
 
 def test_settings_come_in_layers(folder):
-    recipe = read_recipe(folder / "own.yaml")
+    recipe = load_recipe(folder / "own.yaml")
     assert (recipe.model.method, recipe.model.embedding_size) == ("fcn", 8)
     assert (recipe.optimization.steps, recipe.optimization.batch_size) == (7, 16)
     assert recipe.notes == "below\nabove"
-    assert read_recipe(folder / "own.yaml", method="grid").optimization.steps == 9
+    assert load_recipe(folder / "own.yaml", method="grid").optimization.steps == 9
     override = ["optimization.steps=11"]
-    chosen = read_recipe(folder / "own.yaml", method="grid", overrides=override)
+    chosen = load_recipe(folder / "own.yaml", method="grid", overrides=override)
     assert chosen.optimization.steps == 11
-    by_override = read_recipe(folder / "own.yaml", overrides=["model.method=grid"])
+    by_override = load_recipe(folder / "own.yaml", overrides=["model.method=grid"])
     assert by_override.optimization.steps == 9
     assert list(recipe_files(folder)) == ["contrastive"]
 
@@ -105,15 +105,15 @@ def test_settings_come_in_layers(folder):
 def test_overrides_of_a_loss_count_in_any_order(folder):
     override = ["loss.parameters.beta=3", "loss.name=multi_similarity"]
     for overrides in (override, override[::-1]):
-        loss = read_recipe(folder / "own.yaml", overrides=overrides).loss
+        loss = load_recipe(folder / "own.yaml", overrides=overrides).loss
         assert (loss.name, loss.parameters) == ("multi_similarity", {"beta": 3})
 
 
 def test_a_loss_of_ones_own_takes_no_parameters_of_the_bases(folder):
     (folder / "base.yaml").write_text("loss: {name: arcface, parameters: {scale: 3}}\n")
-    assert read_recipe(folder / "own.yaml").loss.parameters == {}
+    assert load_recipe(folder / "own.yaml").loss.parameters == {}
     (folder / "own.yaml").write_text("base: base.yaml\nloss: {parameters: {margin: 5}}\n")
-    assert read_recipe(folder / "own.yaml").loss.parameters == {"scale": 3, "margin": 5}
+    assert load_recipe(folder / "own.yaml").loss.parameters == {"scale": 3, "margin": 5}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_bad_recipes(text, options, message, tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(text)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        read_recipe(path, **options)
+        load_recipe(path, **options)
     assert re.match(message, str(caught.value)), str(caught.value)
 
 

@@ -17,9 +17,9 @@ from emd_retrieval.training.recipe import (
     Recipe,
     ValidationSettings,
     ViewSettings,
-    load_recipe,
     recipe_from_dict,
 )
+from emd_retrieval.training.recipe_files import load_recipe
 from emd_retrieval.training.run import TrainedRun, train
 from emd_retrieval.training.task import NonFiniteLossError
 from emd_retrieval.training.trunk_cache import TrunkCache

@@ -28,7 +28,7 @@ from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.retrieval import LocalFeatureStore, RetrievalScores, rank_by, score_ranking
 from emd_retrieval.retrieval.metrics import relevant_counts
 from emd_retrieval.training.draws import number_of
-from emd_retrieval.training.recipe import RANDOM_WEIGHTS, Recipe, load_recipe
+from emd_retrieval.training.recipe import RANDOM_WEIGHTS, Recipe, read_flat_recipe
 from emd_retrieval.training.trunk_cache import TrunkCache, node_count, state_checksum
 
 WEIGHTS_FILE = "model.safetensors"
@@ -203,7 +203,7 @@ def load_model(run: str | Path, *, weights: str | Path | None = None) -> Trained
     run = Path(run)
     summary = read_summary(run)
     check_recipe_file(run, summary)
-    recipe = load_recipe(run / RECIPE_FILE)
+    recipe = read_flat_recipe(run / RECIPE_FILE)
     frozen = recipe.model.frozen_trunk
     try:
         model = build_model(recipe, weights=weights, pretrained=frozen)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from emd_retrieval.matching import EMDMatcher
 from emd_retrieval.metric_learning import LossSettings, build_loss
 from emd_retrieval.settings import (
     build_settings,
-    merge_settings,
-    parse_override,
     plain_settings,
     read_yaml,
     settings_differences,
@@ -300,7 +298,7 @@ class Recipe:
         return {name: plain_settings(getattr(self, name)) for name in order}
 
     def to_yaml(self) -> str:
-        """The recipe as YAML that :func:`load_recipe` reads back to an equal one."""
+        """The recipe as YAML that :func:`read_flat_recipe` reads back to an equal one."""
         return to_yaml(self.to_dict())
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -327,13 +325,8 @@ def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, schedule: 
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / rest)))
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from a YAML file; only plain values are read, no code is run.
-
-    Args:
-        path: The file. Settings that it leaves out have their defaults; a loss it must have.
-        overrides: Settings of the caller's, as ``"section.key=value"``, the value in YAML:
-            ``"model.method=grid"``, ``"loss.parameters.beta=40"``, ``"model.pyramid=[5, 2, 1]"``.
+def read_flat_recipe(path: str | Path) -> Recipe:
+    """The recipe that a run's folder holds: all in one file, which names no other.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -341,8 +334,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             does not fit.
     """
     content = read_yaml(path)
-    for override in overrides:
-        content = merge_settings(content, parse_override(override))
     try:
         return recipe_from_dict(content)
     except (ValueError, TypeError) as error:

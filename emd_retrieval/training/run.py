@@ -45,7 +45,7 @@ from emd_retrieval.training.model import (
     write_summary,
 )
 from emd_retrieval.training.monitor import BEST_FILE, CHECKPOINT_FILE, Monitor
-from emd_retrieval.training.recipe import Recipe, load_recipe
+from emd_retrieval.training.recipe import Recipe, read_flat_recipe
 from emd_retrieval.training.run_lock import only_writer
 from emd_retrieval.training.task import (
     CachedInputs,
@@ -216,7 +216,7 @@ def _check_same_run(recipe: Recipe, run: Path, data: dict[str, Any]) -> None:
                 f"run: {run} has a checkpoint and no {RECIPE_FILE}; take another folder"
             )
         return
-    differences = recipe.differences(load_recipe(run / RECIPE_FILE))
+    differences = recipe.differences(read_flat_recipe(run / RECIPE_FILE))
     if differences:
         shown = "; ".join(
             f"{key}: {mine!r} here, {theirs!r} there" for key, (mine, theirs) in differences.items()

@@ -10,7 +10,7 @@ from emd_retrieval._checks import check_choice
 from emd_retrieval.features import EXTRACTORS
 from emd_retrieval.fewshot.recipe import FewshotRecipe, fewshot_recipe_from_dict
 from emd_retrieval.settings import parse_override
-from emd_retrieval.workflows.recipes import (
+from emd_retrieval.training.recipe_files import (
     compose_recipe,
     merge_recipes,
     method_settings,

@@ -28,14 +28,14 @@ from emd_retrieval.reports.table8 import (
     table8_latex,
     table8_layout,
 )
-from emd_retrieval.training import METHODS, Recipe, TrainedModel, build_model
+from emd_retrieval.training import METHODS, Recipe, TrainedModel, build_model, load_recipe
 from emd_retrieval.training.model import WEIGHTS_FILE, load_state, read_summary
 from emd_retrieval.training.recipe import RANDOM_WEIGHTS
 from emd_retrieval.training.trunk_cache import state_checksum
 from emd_retrieval.workflows.cell_explorer import choose_cells, explore_cells
 from emd_retrieval.workflows.cell_scores import RAW, Cell, CellSummary, summarize_cells
 from emd_retrieval.workflows.explorer import EXPLORER_FILE
-from emd_retrieval.workflows.recipes import read_recipe, recipe_files
+from emd_retrieval.workflows.recipes import recipe_files
 from emd_retrieval.workflows.report import write_report
 from emd_retrieval.workflows.train import (
     Machine,
@@ -265,7 +265,7 @@ def _recipes(settings: Table8) -> dict[Cell, Recipe]:
 def _recipe_of(settings: Table8, cell: Cell, files: Mapping[str, Path] | None = None) -> Recipe:
     files = recipe_files(settings.recipes) if files is None else files
     own = (*settings.overrides, *CONTROLS.get(cell.control, ()), f"seed={cell.seed}")
-    return read_recipe(files[cell.loss], method=cell.method, overrides=own)
+    return load_recipe(files[cell.loss], method=cell.method, overrides=own)
 
 
 def _data(settings: Table8, recipes: dict[Cell, Recipe]) -> tuple[ImageCollection, ImageCollection]:

@@ -31,7 +31,7 @@ from emd_retrieval.training import (
 )
 from emd_retrieval.training.model import RECIPE_FILE
 from emd_retrieval.training.monitor import read_log
-from emd_retrieval.workflows.recipes import read_recipe
+from emd_retrieval.training.recipe import read_flat_recipe
 
 SCORES_FILE = "scores.parquet"
 
@@ -116,7 +116,7 @@ def train_recipe(
         FileNotFoundError: If the recipe, data or weights are missing.
         ValueError: If the recipe does not fit, or the folder holds a run of another one.
     """
-    recipe = read_recipe(settings.recipe, method=settings.method, overrides=settings.overrides)
+    recipe = load_recipe(settings.recipe, method=settings.method, overrides=settings.overrides)
     check_folder(settings.run, "run")
     if settings.validate_only and not recipe.validation.folds:
         raise ValueError(
@@ -209,7 +209,7 @@ def read_scores(run: Path, recipe: Recipe, test: ImageCollection) -> pd.DataFram
     """
     if not (run / SCORES_FILE).is_file() or not (run / RECIPE_FILE).is_file():
         return None
-    differences = recipe.differences(load_recipe(run / RECIPE_FILE))
+    differences = recipe.differences(read_flat_recipe(run / RECIPE_FILE))
     if differences:
         shown = "; ".join(
             f"{key}: {mine!r} here, {theirs!r} there" for key, (mine, theirs) in differences.items()

@@ -8,11 +8,16 @@ import small_data
 from small_recipes import write_recipes
 
 from emd_retrieval.records import ResultRecord
-from emd_retrieval.training import build_model, embed_collection, load_model, load_recipe_data
+from emd_retrieval.training import (
+    build_model,
+    embed_collection,
+    load_model,
+    load_recipe,
+    load_recipe_data,
+)
 from emd_retrieval.training.model import load_state
 from emd_retrieval.workflows import Machine, Table8, run_table8, table8, train
 from emd_retrieval.workflows.cell_scores import Cell
-from emd_retrieval.workflows.recipes import read_recipe
 from emd_retrieval.workflows.table8 import CONTROLS
 
 LOSSES = ("normalized_softmax", "contrastive")
@@ -117,7 +122,7 @@ def test_a_control_is_trained_otherwise(control, setting, value, table):
 
 def test_emd_at_evaluation_only_is_the_raw_model_compared_by_sets(table, cub, tmp_path):
     settings, _, folder = table
-    recipe = read_recipe(settings.recipes / "contrastive.yaml", method="fcn")
+    recipe = load_recipe(settings.recipes / "contrastive.yaml", method="fcn")
     model = build_model(recipe)
     load_state(model, folder / "runs" / "contrastive" / "raw" / "seed0" / "model.safetensors")
     _, test = load_recipe_data(recipe.data, cub)
