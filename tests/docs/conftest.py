@@ -13,8 +13,8 @@ import timm
 import torch
 import yaml
 
+from emd_retrieval import datasets
 from emd_retrieval.cli.main import main
-from emd_retrieval.datasets import load_images
 from emd_retrieval.datasets.fewshot_splits import class_lists
 from emd_retrieval.features import backbones
 from emd_retrieval.retrieval import LocalFeatureStore
@@ -54,12 +54,31 @@ def use_small_network(patch):
     patch.setattr(backbones.timm, "create_model", create_model)
 
 
+def draw_few_birds(patch):
+    """Two pictures of a species, whatever number is asked for."""
+    draw = datasets.demo_birds
+    patch.setattr(datasets, "demo_birds", lambda species, images, **how: draw(species, 2, **how))
+
+
 def merged(one, other):
     both = dict(one)
     for name, value in other.items():
         old = both.get(name)
         both[name] = merged(old, value) if isinstance(old, dict) and value else value
     return both
+
+
+def write_cub(folder):
+    """Four pictures of a species that recipes train or test on, two of any other."""
+    root = small_data.write_cub(folder, range(1, 201), per_class=4, side=36)
+    few = {f"{n:03d}.Bird_{n}/{i}.png" for n in range(51, 201) for i in (2, 3)}
+    images = (root / "images.txt").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in images if line.split()[1] not in few]
+    numbers = {line.split()[0] for line in kept}
+    labels = (root / "image_class_labels.txt").read_text(encoding="utf-8").splitlines()
+    labels = [line for line in labels if line.split()[0] in numbers]
+    for name, lines in (("images", kept), ("image_class_labels", labels)):
+        (root / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_recipes(folder):
@@ -104,8 +123,6 @@ def write_answers(folder):
     generator = np.random.default_rng(0)
     np.save(folder / "sets.npy", generator.normal(size=(12, 5 * 128)).astype(np.float32))
     np.save(folder / "labels.npy", np.arange(12) % 3)
-    photos = load_images(folder / "photos")
-    ids = [f"{small_data.CLASSES[label]}/{i % 4:02d}.png" for i, label in enumerate(photos.labels)]
     ids = sorted(path.relative_to(folder / "photos").as_posix()
                  for path in (folder / "photos").rglob("*.png"))  # fmt: skip
     write_table(folder / "labels.csv", ["id", "label"], [[i, i.split("/")[0]] for i in ids])
@@ -132,7 +149,7 @@ def write_index(folder):
 def readers_disk(tmp_path_factory):
     """Not to be written to."""
     folder = tmp_path_factory.mktemp("reader")
-    small_data.write_cub(folder, [*range(1, 51), *range(51, 201)], per_class=4, side=36)
+    write_cub(folder)
     photos = small_data.write_images(folder / "photos")
     small_data.write_images(folder / "new", per_class=1)
     for name, of in (("bird", "robin/00"), ("wren", "wren/01"), ("a", "tit/00"), ("b", "tit/01")):
@@ -156,4 +173,5 @@ def reader(readers_disk, tmp_path, monkeypatch):
         (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)
     use_small_network(monkeypatch)
+    draw_few_birds(monkeypatch)
     return tmp_path
