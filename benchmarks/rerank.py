@@ -187,6 +187,7 @@ def side_by_side(queries: int, nprobe: int) -> pd.DataFrame:
         rounds = 20
         for run, _, _ in runs.values():
             run(0)
+        gc.freeze()  # so that looking for garbage before every turn takes no time of its own
         for _ in progress(range(rounds), "side by side", unit="round"):
             for name, (run, count, each) in runs.items():
                 times[name].append(milliseconds(run, max(1, count // rounds)) / each)
