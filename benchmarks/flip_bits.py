@@ -14,6 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -272,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=1000, help="attempts on each kind of file")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="a pattern: kinds whose name has it")
     options = parser.parse_args()
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
@@ -281,6 +283,8 @@ def main() -> None:
         kinds = [*store_kinds(folder), *run_kinds(folder), *shortlist_kinds(folder)]
         print("| file | " + " | ".join(OUTCOMES) + " |\n| :--- |" + " ---: |" * len(OUTCOMES))
         for kind in kinds:
+            if not re.search(options.only, kind.name):
+                continue
             found = outcomes(kind, options.times, options.seed)
             counts = Counter(outcome.partition(":")[0] for _, outcome in found)
             total += len(found)
