@@ -591,12 +591,16 @@ void NetworkSimplex<kRows, kColumns>::pivot(const Arc& entering) {
   below_supplier_ = ((below_supplier_ ^ turned) & ~cut_bit) | (moves_supplier ? cut_bit : 0);
   ends_[cut] = {entering.supplier, entering.demander};
   const SlotSet others = cycle & ~cut_bit;  // the entering arc has the slot of the arc that left
+  const auto change_of = [&](int w) { return int32_t(uint32_t(others >> (32 * w))); };
+  // Stores are what a pivot waits for. At 49 x 49 the last word holds one slot, which hardly ever changes.
+  const bool last_changes = change_of(kPathWords - 1) != 0;
   const Ints cut_lane = splat(int32_t(1u << (cut % 32)));
   const auto move = [&](int first_vector, int nodes, int32_t shift) {
     for (int k = first_vector; k < first_vector + (nodes + kLanes - 1) / kLanes; k++) {
       const Ints moved = (path_[cut / 32][k] & cut_lane) != 0;
       potential_[k] += moved & shift;
-      for (int w = 0; w < kPathWords; w++) path_[w][k] ^= moved & int32_t(uint32_t(others >> (32 * w)));
+      for (int w = 0; w < kPathWords - 1; w++) path_[w][k] ^= moved & change_of(w);
+      if (last_changes) path_[kPathWords - 1][k] ^= moved & change_of(kPathWords - 1);
     }
   };
   const int32_t shift = moves_supplier ? entering.reduced_cost : -entering.reduced_cost;
