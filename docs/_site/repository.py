@@ -16,6 +16,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[2]
 RECORDS = "<!-- every result record -->"
 _LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)((?:#[^)]*)?\))")
+_CELL = re.compile(r"<td[ >](?:(?!<code).)*?</td>", re.DOTALL)
+_INTERVAL = re.compile(r"\[([-+]?\d[\d.]*), ([-+]?\d[\d.]*)\]")
 _SHOWN = {".md", ".png", ".svg", ".csv", ".tex", ".json"}
 
 
@@ -44,9 +46,21 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if not generated:
         home = posixpath.dirname(f"docs/{uri}")
         markdown = _LINK.sub(lambda found: _on_site(found, home), markdown)
+    if generated and uri != "changelog.md":
+        page.meta["hide"] = ["toc"]  # records have wide tables
     if RECORDS in markdown:
         markdown = markdown.replace(RECORDS, _table_of_records())
     return markdown
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
+    """In tables an interval stays on one line, and so does a number with its spread."""
+    return _CELL.sub(lambda cell: _unbroken(cell.group(0)), content)
+
+
+def _unbroken(cell: str) -> str:
+    cell = _INTERVAL.sub("[\\1,\N{NO-BREAK SPACE}\\2]", cell)
+    return cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def _on_site(found: re.Match[str], home: str) -> str:
