@@ -106,7 +106,7 @@ def fewshot_table(number: int, settings: FewshotTable, output: Path) -> ResultRe
     if number not in TABLES:
         known = ", ".join(str(table) for table in TABLES)
         raise ValueError(
-            f"table: expected one of {known}, got {number} (6 is of time: benchmarks/fewshot.py)"
+            f"table: expected one of {known}, got {number} (6 is of time: benchmarks/table6.py)"
         )
     check_folder(output)
     work = _Work(settings)
