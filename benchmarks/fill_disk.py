@@ -26,19 +26,8 @@ import torch
 from kill_commands import (
     BACKBONE,
     Command,
-    append_all,
-    bytes_of,
+    commands_in,
     differing,
-    extract_all,
-    look_at_runs,
-    look_at_store,
-    numbers_of,
-    table8_all,
-    train_all,
-    write_birds,
-    write_pictures,
-    write_recipes,
-    write_weights,
 )
 
 from emd_retrieval.records import ResultRecord
@@ -223,16 +212,9 @@ def main() -> None:
             if options.how == "disk":
                 raise SystemExit(f"no tmpfs can be mounted here: {error}") from error
             kind = SmallFiles
-        pictures = write_pictures(folder / "pictures")
-        weights = write_weights(folder / "net.safetensors")
-        birds, recipes = write_birds(folder / "birds"), write_recipes(folder / "recipes")
-        commands = {
-            "append": Command(append_all, look_at_store, bytes_of),
-            "extract": Command(extract_all(pictures, weights), look_at_store, bytes_of),
-            "train": Command(train_all(recipes, birds), look_at_runs, numbers_of),
-            "table8": Command(table8_all(recipes, birds), look_at_runs, numbers_of),
-            "evaluate": Command(evaluate_all(birds, weights), look_at_record, tables_of),
-        }
+        commands = commands_in(folder)
+        evaluate = evaluate_all(folder / "birds", folder / "net.safetensors")
+        commands["evaluate"] = Command(evaluate, look_at_record, tables_of)
         for name in options.only:
             try_command(name, commands[name], kind, options.times, folder, chance)
 

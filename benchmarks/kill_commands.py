@@ -397,6 +397,19 @@ def write_recipes(folder: Path) -> Path:
     return folder
 
 
+def commands_in(folder: Path) -> dict[str, Command]:
+    """The commands by name, over small inputs that are written into a folder."""
+    pictures = write_pictures(folder / "pictures")
+    weights = write_weights(folder / "net.safetensors")
+    birds, recipes = write_birds(folder / "birds"), write_recipes(folder / "recipes")
+    return {
+        "append": Command(append_all, look_at_store, bytes_of),
+        "extract": Command(extract_all(pictures, weights), look_at_store, bytes_of),
+        "train": Command(train_all(recipes, birds), look_at_runs, numbers_of),
+        "table8": Command(table8_all(recipes, birds), look_at_runs, numbers_of),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=50, help="kills of each command")
@@ -408,15 +421,7 @@ def main() -> None:
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        pictures = write_pictures(folder / "pictures")
-        weights = write_weights(folder / "net.safetensors")
-        birds, recipes = write_birds(folder / "birds"), write_recipes(folder / "recipes")
-        commands = {
-            "append": Command(append_all, look_at_store, bytes_of),
-            "extract": Command(extract_all(pictures, weights), look_at_store, bytes_of),
-            "train": Command(train_all(recipes, birds), look_at_runs, numbers_of),
-            "table8": Command(table8_all(recipes, birds), look_at_runs, numbers_of),
-        }
+        commands = commands_in(folder)
         for name in options.only:
             try_command(name, commands[name], options.times, folder, chance)
 
