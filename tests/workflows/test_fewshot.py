@@ -124,11 +124,15 @@ def test_bad_input_before_the_work(place, root, tmp_path):
 def test_recipes_that_ship(path, method):
     recipe = read_fewshot_recipe(path, method=method)
     assert recipe.model.method == method
-    assert path.stem.removesuffix("_cpu") == recipe.data.name
+    assert path.stem.removesuffix("_cpu").removesuffix("_efficientnet_lite0") == recipe.data.name
     assert recipe.test.count(1) == 5000
     assert recipe.test.count(5) == 600
     assert len(recipe.notes.split()) > 20, "where the settings come from"
-    if not path.stem.endswith("_cpu"):
+    if path.stem.endswith("_efficientnet_lite0"):
+        assert recipe.model.backbone == "tf_efficientnet_lite0.in1k"
+        assert recipe.model.weights is None
+        assert recipe.pretraining.epochs == 0, "nothing is trained"
+    elif not path.stem.endswith("_cpu"):
         assert recipe.model.backbone == "resnet12"
         assert recipe.meta_training.episodes == 5000
         assert (recipe.pretraining.epochs, recipe.pretraining.learning_rate) == (120, 0.1)
@@ -138,5 +142,5 @@ def test_recipes_that_ship(path, method):
 def test_all_data_sets_ship():
     assert {path.stem for path in SHIPPED} == {
         "mini_imagenet", "tiered_imagenet", "cifar_fs", "fc100", "cub", "cifar_fs_cpu",
-        "fc100_cpu",
+        "fc100_cpu", "cub_efficientnet_lite0",
     }  # fmt: skip
