@@ -130,7 +130,8 @@ def pretrain(
     extractor = _extractor(_as_map(recipe), weights=weights)
     begun = state_checksum(extractor.backbone)
     if finished is not None:
-        if finished.summary["weights_sha256"] != begun:
+        # Runs of earlier versions do not say.
+        if finished.summary.get("weights_sha256", begun) != begun:
             raise ValueError(f"run: {run} started from other weights than those of {weights}")
         return finished
     validator = _validator(_as_map(recipe), extractor, validation, settings.bf16, place)
