@@ -191,14 +191,40 @@ inline void prefetch_lines(const Real* first, ptrdiff_t count) {
 
 // ---- The simplex ------------------------------------------------------------------------------
 
-// A set of the basis's slots: bit s is slot s.
-template <int words>
-struct SlotSetOf {
-  using type = uint64_t;
+// A set of the basis's slots: bit s of the words is slot s.
+template <int count>
+struct SlotSet {
+  uint64_t words[count];
+
+  static SlotSet only(int slot) {
+    SlotSet set;
+    for (int w = 0; w < count; w++) set.words[w] = uint64_t{slot / 64 == w} << (slot % 64);
+    return set;
+  }
+  bool has(int slot) const { return (words[count > 1 ? slot / 64 : 0] >> (slot % 64)) & 1; }
+  uint32_t half_word(int half) const { return uint32_t(words[half / 2] >> (half % 2 * 32)); }
+
+  friend SlotSet operator~(SlotSet a) {
+    for (uint64_t& word : a.words) word = ~word;
+    return a;
+  }
+  friend SlotSet operator&(SlotSet a, const SlotSet& b) {
+    for (int w = 0; w < count; w++) a.words[w] &= b.words[w];
+    return a;
+  }
+  friend SlotSet operator|(SlotSet a, const SlotSet& b) {
+    for (int w = 0; w < count; w++) a.words[w] |= b.words[w];
+    return a;
+  }
+  friend SlotSet operator^(SlotSet a, const SlotSet& b) {
+    for (int w = 0; w < count; w++) a.words[w] ^= b.words[w];
+    return a;
+  }
 };
-template <>
-struct SlotSetOf<2> {
-  __extension__ using type = unsigned __int128;
+
+struct Cut {
+  int slot;
+  int64_t flow;
 };
 
 struct Arc {
@@ -224,7 +250,7 @@ class NetworkSimplex {
   // Pricing grows with the area and a pivot hardly does: in larger problems one pricing serves several.
   static constexpr int kPivotsPerPricing = kRows * kColumns <= 256 ? 1 : 4;
 
-  using SlotSet = typename SlotSetOf<kSlotWords>::type;
+  using Slots = SlotSet<kSlotWords>;
   struct Ends {
     int32_t supplier, demander;
   };
@@ -241,9 +267,9 @@ class NetworkSimplex {
   Ints column_mean_[kColumnVectors];
   Ints key_[kRows * kColumnVectors];
   // The basis is a spanning tree of m + n - 1 arcs, each in a slot, rooted at some node.
-  alignas(64) int64_t flow_[kRows + kColumns];  // by slot
+  alignas(64) int64_t flow_[kRows + kColumns];  // by slot; kSlots is none, and never the least
   Ends ends_[kSlots];
-  SlotSet below_supplier_;  // the slots whose arc has its supplier below, its demander towards the root
+  Slots below_supplier_;  // the slots whose arc has its supplier below, its demander towards the root
   Ints path_[kPathWords][kNodeVectors];  // by node: the set of slots between it and the root, in words
   Ints potential_[kNodeVectors];         // by node
   int64_t supply_[kMaxNodes], demand_[kMaxNodes];
@@ -258,10 +284,10 @@ class NetworkSimplex {
   int32_t& potential(int node) { return reinterpret_cast<int32_t*>(potential_)[node]; }
   int32_t potential(int node) const { return reinterpret_cast<const int32_t*>(potential_)[node]; }
   uint32_t& path_word(int word, int node) { return reinterpret_cast<uint32_t*>(path_[word])[node]; }
-  SlotSet path(int node) const {
-    SlotSet set = 0;
+  Slots path(int node) const {
+    Slots set{};
     for (int w = 0; w < kPathWords; w++)
-      set |= SlotSet{reinterpret_cast<const uint32_t*>(path_[w])[node]} << (32 * w);
+      set.words[w / 2] |= uint64_t{reinterpret_cast<const uint32_t*>(path_[w])[node]} << (w % 2 * 32);
     return set;
   }
 
@@ -429,8 +455,8 @@ void NetworkSimplex<kRows, kColumns>::build_first_tree() {
   }
 
   int32_t leaf_of[kSlots], parent_of[kSlots];
-  below_supplier_ = 0;
   memset(flow_, 0, sizeof flow_);
+  flow_[kSlots] = INT64_MAX;
   int leaf_count = 0;
   NodeSet suppliers = first_nodes(m), demanders = first_nodes(n);
   while (leaf_count < m + n - 1) {
@@ -444,7 +470,7 @@ void NetworkSimplex<kRows, kColumns>::build_first_tree() {
     }
     for (NodeSet rest = demanders; rest; rest &= rest - 1) {
       const Ints key = splat(keys[lowest_node(rest)]);
-      for (int k = 0; k < kColumnVectors; k++) ranks[k] -= key < best[k];
+      for (int k = 0; k < kColumnVectors; k++) ranks[k] = key < best[k] ? ranks[k] + 1 : ranks[k];
     }
     for (int k = 0; k < kColumnVectors; k++) store(rank + k * kLanes, ranks[k]);
     int count = 0;
@@ -470,9 +496,7 @@ void NetworkSimplex<kRows, kColumns>::build_first_tree() {
       parent_of[leaf_count] = leaf ^ either;
       ends_[leaf_count] = {i, j};
       flow_[leaf_count] = flow;
-      const bool is_arc = offered > 0;
-      below_supplier_ |= SlotSet(used_up & int64_t{is_arc}) << leaf_count;
-      leaf_count += is_arc;
+      leaf_count += offered > 0;
     }
 
     for (int k = 0; k < kColumnVectors; k++) {
@@ -488,11 +512,13 @@ void NetworkSimplex<kRows, kColumns>::build_first_tree() {
   // The last leaf hangs below the root: backwards, every parent comes before its children.
   memset(potential_, 0, sizeof potential_);
   memset(path_, 0, sizeof path_);
+  below_supplier_ = {};
   for (int k = leaf_count - 1; k >= 0; k--) {
     const int leaf = leaf_of[k], parent = parent_of[k];
     potential(leaf) = cost(ends_[k].supplier, ends_[k].demander) - potential(parent);
     for (int w = 0; w < kPathWords; w++) path_word(w, leaf) = path_word(w, parent);
     path_word(k / 32, leaf) |= 1u << (k % 32);
+    below_supplier_.words[k / 64] |= uint64_t{leaf < kRows} << (k % 64);
   }
 }
 
@@ -517,7 +543,7 @@ auto NetworkSimplex<kRows, kColumns>::price(Ints* lowest_by_column) const -> Can
         const Ints of_four = smaller(smaller(c[0] - u0, c[kColumnVectors] - u1),
                                      smaller(c[2 * kColumnVectors] - u2, c[3 * kColumnVectors] - u3));
         const Ints better = of_four < lowest[k];
-        lowest[k] = better ? of_four : lowest[k];
+        lowest[k] = smaller(of_four, lowest[k]);
         where[k] = better ? here : where[k];
       }
     }
@@ -535,14 +561,11 @@ auto NetworkSimplex<kRows, kColumns>::price(Ints* lowest_by_column) const -> Can
 template <int kRows, int kColumns>
 Arc NetworkSimplex<kRows, kColumns>::arc_of(int32_t candidate) const {
   const int j = candidate & 63, from = (candidate >> 4) & 60;
-  Arc best{from, j, kIntMax};
-  for (int i = from; i < from + 4; i++) {
-    const int32_t without_v = cost(i, j) - potential(i);
-    best.supplier = without_v < best.reduced_cost ? i : best.supplier;
-    best.reduced_cost = smaller(best.reduced_cost, without_v);
-  }
-  best.reduced_cost -= potential(kRows + j);
-  return best;
+  // Which of the four it is, no branch predictor would know: each one's number goes with its cost.
+  int64_t lowest = INT64_MAX;
+  for (int k = 0; k < 4; k++)
+    lowest = smaller((int64_t{cost(from + k, j) - potential(from + k)} << 2) + k, lowest);
+  return {from + int(lowest & 3), j, int32_t(lowest >> 2) - potential(kRows + j)};
 }
 
 // Fresh prices make the potentials feasible: lowering each demander's to its column's lowest cost
@@ -569,29 +592,44 @@ void NetworkSimplex<kRows, kColumns>::pivot(const Arc& entering) {
   // The arcs of the cycle are those on one of the two paths to the root, not on both. Suppliers and
   // demanders alternate on a path, and flow falls on the arcs below whose nodes are of the path's kind.
   const int supplier = entering.supplier, demander = kRows + entering.demander;
-  const SlotSet from_supplier = path(supplier), from_demander = path(demander);
-  const SlotSet cycle = from_supplier ^ from_demander;
-  const SlotSet falls = cycle & (from_demander ^ below_supplier_);
-  int64_t pushed = INT64_MAX;
-  int cut = 0;
-  for (int w = 0; w < kSlotWords; w++)
-    for (auto rest = uint64_t(falls >> (64 * w)); rest; rest &= rest - 1) {
-      const int slot = 64 * w + lowest_node(rest);
-      cut = flow_[slot] < pushed ? slot : cut;
-      pushed = smaller(flow_[slot], pushed);
+  const Slots from_supplier = path(supplier), from_demander = path(demander);
+  const Slots cycle = from_supplier ^ from_demander;
+  const Slots falls = cycle & (from_demander ^ below_supplier_);
+  // The words are searched side by side: how many arcs there are is not known to a branch predictor
+  // either, and one end of a loop is mistaken less often than two.
+  Slots rest = falls;
+  Cut least[kSlotWords];
+  for (Cut& one : least) one = {kSlots, INT64_MAX};
+  for (uint64_t any = 1; any;) {
+    any = 0;
+    for (int w = 0; w < kSlotWords; w++) {
+      uint64_t& word = rest.words[w];
+      const bool more = kSlotWords == 1 || word != 0;  // of a single word, some arc is left
+      const int slot = more ? 64 * w + lowest_node(word) : kSlots;
+      any |= word &= word - 1;
+      least[w].slot = flow_[slot] < least[w].flow ? slot : least[w].slot;
+      least[w].flow = smaller(flow_[slot], least[w].flow);
     }
+  }
+  int cut = least[0].slot;
+  int64_t pushed = least[0].flow;
+  for (int w = 1; w < kSlotWords; w++) {
+    cut = least[w].flow < pushed ? least[w].slot : cut;
+    pushed = smaller(least[w].flow, pushed);
+  }
 
   // The nodes below the cut now reach the root through the entering arc: from there up to the arc that
   // left, its ends swap, and their paths change by the cycle.
-  const SlotSet cut_bit = SlotSet{1} << cut;
-  const bool moves_supplier = (from_supplier & cut_bit) != 0;
-  const bool supplier_below = (below_supplier_ & cut_bit) != 0;
-  const SlotSet above = path(supplier_below ? ends_[cut].supplier : kRows + ends_[cut].demander);
-  const SlotSet turned = (moves_supplier ? from_supplier : from_demander) & ~above;
-  below_supplier_ = ((below_supplier_ ^ turned) & ~cut_bit) | (moves_supplier ? cut_bit : 0);
+  const Slots cut_alone = Slots::only(cut);
+  const bool moves_supplier = from_supplier.has(cut);
+  const bool supplier_below = below_supplier_.has(cut);
+  const Slots above = path(supplier_below ? ends_[cut].supplier : kRows + ends_[cut].demander);
+  const Slots turned = (moves_supplier ? from_supplier : from_demander) & ~above;
+  const Slots entered = moves_supplier ? cut_alone : Slots{};
+  below_supplier_ = ((below_supplier_ ^ turned) & ~cut_alone) | entered;
   ends_[cut] = {entering.supplier, entering.demander};
-  const SlotSet others = cycle & ~cut_bit;  // the entering arc has the slot of the arc that left
-  const auto change_of = [&](int w) { return int32_t(uint32_t(others >> (32 * w))); };
+  const Slots others = cycle & ~cut_alone;  // the entering arc has the slot of the arc that left
+  const auto change_of = [&](int w) { return int32_t(others.half_word(w)); };
   // Stores are what a pivot waits for. At 49 x 49 the last word holds one slot, which hardly ever changes.
   const bool last_changes = change_of(kPathWords - 1) != 0;
   const Ints cut_lane = splat(int32_t(1u << (cut % 32)));
@@ -607,7 +645,7 @@ void NetworkSimplex<kRows, kColumns>::pivot(const Arc& entering) {
   move(0, suppliers_, shift);
   move(kRowVectors, demanders_, -shift);
   for (int w = 0; w < kSlotWords; w++) {
-    auto changing = uint64_t(cycle >> (64 * w)), falling = uint64_t(falls >> (64 * w));
+    uint64_t changing = others.words[w], falling = falls.words[w];  // the cut keeps its flow: pushed
     const int last = smaller(suppliers_ + demanders_ - 1, 64 * (w + 1));
     for (int slot = 64 * w; slot < last; slot += kLongLanes) {
       const Longs minus = long_truth_of(falling);
@@ -617,7 +655,6 @@ void NetworkSimplex<kRows, kColumns>::pivot(const Arc& entering) {
       falling >>= kLongLanes;
     }
   }
-  flow_[cut] = pushed;
 }
 
 // Pivots until no reduced cost is negative, or until the optimum is known to be above the limit (in
