@@ -19,6 +19,7 @@ from emd_retrieval.datasets import ImageCollection
 from emd_retrieval.features.extraction import default_workers
 from emd_retrieval.features.transforms import Training
 from emd_retrieval.metric_learning import MetricLoss
+from emd_retrieval.training.depthwise import DepthwiseInFloat32
 from emd_retrieval.training.draws import BatchDraw, generator_of, number_of
 from emd_retrieval.training.recipe import OptimizationSettings
 from emd_retrieval.training.trunk_cache import FeatureTable
@@ -74,7 +75,8 @@ class MetricLearningTask(lightning.LightningModule):
         self._seed(number_of("network", self.seed, batch_idx, self.global_rank))
         if inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        embeddings = gather(self.network(inputs).float())
+        with DepthwiseInFloat32():
+            embeddings = gather(self.network(inputs).float())
         labels, rows = gather(labels), gather(rows)
         if not bool(torch.isfinite(embeddings).all()):
             raise self._not_finite("an embedding is", embeddings, labels, rows)
