@@ -125,7 +125,7 @@ class EMDMatcher:
     bandwidth: float | None = None
     coupling: str = "transport"
     solver: str = "simplex"
-    memory_mb: float = 32.0
+    memory_mb: float = 64.0
 
     def __post_init__(self) -> None:
         check_positive("memory_mb", self.memory_mb)
