@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -117,14 +117,14 @@ def flat_settings(values: Mapping[str, Any], before: str = "") -> dict[str, Any]
 
 
 def settings_differences(
-    mine: Mapping[str, Any], others: Mapping[str, Any]
+    mine: Mapping[str, Any], others: Mapping[str, Any], *, but: Collection[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """What two plain settings do differently, by dotted key; notes do nothing."""
+    """What two plain settings do differently, by dotted key, notes and ``but`` passed over."""
     left, right = flat_settings(mine), flat_settings(others)
     return {
         key: (left.get(key), right.get(key))
         for key in dict.fromkeys([*left, *right])
-        if key != "notes" and left.get(key) != right.get(key)
+        if key not in ("notes", *but) and left.get(key) != right.get(key)
     }
 
 

@@ -328,8 +328,9 @@ class FewshotRecipe:
     def of_stage(self, stage: str) -> dict[str, Any]:
         """What decides the outcome of a stage. Pre-training is the same for every extractor."""
         content = self.to_dict()
-        # Where the data lie is no matter of what they are; the test decides nothing.
+        # Where the data lie is no matter of what they are; the test decides nothing, nor do chunks.
         del content["data"]["root"], content["test"], content["notes"]
+        del content["matching"]["memory_mb"]
         if stage == "pretrain":
             del content["meta_training"]
             content["model"] = {

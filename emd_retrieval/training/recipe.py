@@ -302,12 +302,13 @@ class Recipe:
         return to_yaml(self.to_dict())
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """What two recipes do differently, by dotted key; notes do nothing.
+        """What two recipes do differently, by dotted key; notes and the size of chunks do nothing.
 
         Returns:
             This recipe's value and the other's.
         """
-        return settings_differences(self.to_dict(), other.to_dict())
+        chunks = "matching.memory_mb"
+        return settings_differences(self.to_dict(), other.to_dict(), but=[chunks])
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, schedule: str) -> float:

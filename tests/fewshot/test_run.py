@@ -330,6 +330,10 @@ def test_stages_depend_on_their_own_settings():
     assert recipe.differences(other, "train") == {"meta_training.episodes": (5000, 10)}
     model = dataclasses.replace(recipe.model, method="grid")
     assert recipe.differences(dataclasses.replace(recipe, model=model), "pretrain") == {}
+    matching = dataclasses.replace(recipe.matching, memory_mb=7.0)
+    chunks = dataclasses.replace(recipe, matching=matching)
+    assert recipe.of_stage("pretrain") == chunks.of_stage("pretrain")
+    assert recipe.of_stage("train") == chunks.of_stage("train")
 
 
 def test_recipes_come_back_from_their_yaml():

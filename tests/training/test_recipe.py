@@ -114,9 +114,12 @@ def test_files_that_are_no_recipes(file, tmp_path):
         load_recipe(file("loss: !!python/object/apply:os.getcwd []\n"))
 
 
-def test_differences_name_both_values_and_pass_over_notes():
+def test_differences_name_both_values_and_pass_over_what_decides_nothing():
+    chunks = {"memory_mb": 7.0}
     one = recipe_from_dict({"loss": LOSS, "notes": "a"})
-    other = recipe_from_dict({"loss": {"name": "contrastive"}, "notes": "b", "seed": 2})
+    other = recipe_from_dict(
+        {"loss": {"name": "contrastive"}, "notes": "b", "seed": 2, "matching": chunks}
+    )
     assert one.differences(other) == {
         "loss.name": ("multi_similarity", "contrastive"),
         "loss.parameters.beta": (40.0, None),
