@@ -44,7 +44,8 @@ def fewshot_layout(cells: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
     """A row a method, as in the paper, with two columns for each way and shot.
 
     Args:
-        cells: ``row``, ``way``, ``shot``, ``accuracy`` and ``interval``, in percent.
+        cells: ``row``, ``way``, ``shot``, ``accuracy`` and ``interval``, in percent; and perhaps
+            ``mean clusters``, of an image.
         paper: The same columns; rows that only the paper has come after ours.
 
     Returns:
@@ -56,9 +57,15 @@ def fewshot_layout(cells: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
         if pair not in settings
     ]  # fmt: skip
     ours, theirs = _by_cell(cells), _by_cell(paper)
+    clusters = {}
+    if "mean clusters" in cells:
+        counted = cells.dropna(subset="mean clusters")
+        clusters = dict(zip(counted["row"], counted["mean clusters"], strict=True))
     rows = []
     for name in dict.fromkeys([*cells["row"], *paper["row"]]):
         row = {"method": name}
+        if clusters:
+            row["mean clusters"] = f"{clusters[name]:.1f}" if name in clusters else ""
         for way, shot in settings:
             row[f"{way}-way {shot}-shot"] = ours.get((name, way, shot), "")
             row[f"paper's {way}-way {shot}-shot"] = theirs.get((name, way, shot), "")

@@ -114,8 +114,11 @@ def test_figure_5(settings, tmp_path):
 
 
 def test_mean_clusters_are_shown(settings, tmp_path):
-    record = fewshot_table(2, settings(rows=("K-means (K = 1)", "BD = inf")), tmp_path)
-    assert (record.table["mean clusters"] == 1).all()
+    rows = ("K-means (K = 1)", "BD = inf", "EMD, equal")
+    record = fewshot_table(2, settings(rows=rows), tmp_path)
+    assert record.table["mean clusters"].dropna().eq(1).sum() == 4  # two rows, two ways
+    assert [one for one in record.summary["mean clusters"] if one] == ["1.0", "1.0"]
+    assert "mean clusters" in (tmp_path / "fewshot_table2.md").read_text()
 
 
 def test_bad_input(settings, tmp_path):
