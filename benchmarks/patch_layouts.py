@@ -31,12 +31,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "whole image, FCN (3, 2, 1)": {"name": "fcn", "pyramid": [3, 2, 1], "include_map": False},
     "Grid (3, 2), 128 px": {"name": "grid", "grid": [3, 2], "patch_size": 128},
     "Grid (3, 2), 224 px": {"name": "grid", "grid": [3, 2], "patch_size": 224},
-    "Grid (2), 224 px": {"name": "grid", "grid": [2], "patch_size": 224},
     "Grid (2, 1), 224 px": {"name": "grid", "grid": [2, 1], "patch_size": 224},
     "9 samples of .08 to 1, 224 px": {"name": "sampling", "patches": 9, "patch_size": 224},
-    "9 samples of .3 to 1, 224 px": {
-        "name": "sampling", "patches": 9, "patch_size": 224, "scale": (0.3, 1.0),
-    },
     "9 samples of .5 to 1, 224 px": {
         "name": "sampling", "patches": 9, "patch_size": 224, "scale": (0.5, 1.0),
     },
