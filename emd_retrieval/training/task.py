@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ class MetricLearningTask(lightning.LightningModule):
         self._seed(number_of("network", self.seed, batch_idx, self.global_rank))
         if inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with DepthwiseInFloat32():
+        images_on_cpu = inputs.ndim > 3 and inputs.device.type == "cpu"
+        with DepthwiseInFloat32() if images_on_cpu else nullcontext():
             embeddings = gather(self.network(inputs).float())
         labels, rows = gather(labels), gather(rows)
         if not bool(torch.isfinite(embeddings).all()):
