@@ -564,7 +564,7 @@ Arc NetworkSimplex<kRows, kColumns>::arc_of(int32_t candidate) const {
   // Which of the four it is, no branch predictor would know: each one's number goes with its cost.
   int64_t lowest = INT64_MAX;
   for (int k = 0; k < 4; k++)
-    lowest = smaller((int64_t{cost(from + k, j) - potential(from + k)} << 2) + k, lowest);
+    lowest = smaller(int64_t{cost(from + k, j) - potential(from + k)} * 4 + k, lowest);
   return {from + int(lowest & 3), j, int32_t(lowest >> 2) - potential(kRows + j)};
 }
 
