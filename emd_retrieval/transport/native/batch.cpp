@@ -52,7 +52,9 @@ double nanoseconds_for(int suppliers, int demanders) {
 
 constexpr double kTurn = 100e3;       // nanoseconds of work between two looks at the shared counter
 constexpr int64_t kCandidatesALook = 256;
-constexpr double kThreadWorth = 50e3;  // nanoseconds of work that pay for starting a thread
+// Nanoseconds of work that pay for a thread. Starting one takes a tenth of that; but torch's own threads
+// wait, busy, for milliseconds after their last work, and ours then takes turns with one of them.
+constexpr double kThreadWorth = 400e3;
 
 constexpr std::chrono::milliseconds kLook{50};  // between two looks at whether to go on
 
