@@ -1,8 +1,8 @@
 """What patches of which layout say through an untrained head: mean of the nodes, and EMD.
 
 The question behind the Grid and Sampling rows of the frozen Table 8, put to training classes alone.
-Every layout is scored over the same images, all pairs; results are kept by layout, so a killed run
-goes on.
+Every layout is scored over the same images, all pairs; results are kept by layout, network, weights
+and images, so a killed run goes on.
 
     python benchmarks/patch_layouts.py --data CUB_200_2011 --classes 1-25 \
         --backbone tf_efficientnet_lite0.in1k --weights tf_efficientnet_lite0.safetensors \
@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from emd_retrieval._checksums import json_digest
 from emd_retrieval._files import write_text
 from emd_retrieval.datasets import ImageDataset, load_images
 from emd_retrieval.features import build_extractor, load_backbone
@@ -25,6 +26,7 @@ from emd_retrieval.features.extraction import extract_features
 from emd_retrieval.records import ResultRecord, markdown_table
 from emd_retrieval.retrieval.evaluation import evaluate_sets
 from emd_retrieval.training.compiled import compile_trunk
+from emd_retrieval.training.trunk_cache import state_checksum
 
 METRICS = ("P@1", "RP", "MAP@R")
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -65,9 +67,13 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, default=Path("runs/patch_layouts"))
     parser.add_argument("--output", type=Path, help="write the record to this markdown file")
     arguments = parser.parse_args()
+    data = load_images(arguments.data, classes=arguments.classes).describe()
+    backbone = load_backbone(arguments.backbone, weights=arguments.weights)
+    network = {"backbone": backbone.describe(), "weights": state_checksum(backbone)}
     rows = []
     for label, layout in LAYOUTS.items():
-        file = arguments.kept / f"{label.replace(' ', '_')}.json"
+        key = json_digest({"layout": layout, "network": network, "images": data["sha256"]})
+        file = arguments.kept / f"{key[:12]}.json"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(score(layout, arguments)) + "\n")
@@ -81,7 +87,7 @@ def main() -> None:
             title="Layouts of patches through a frozen trunk, nothing trained",
             tables={"layouts": table},
             settings={"backbone": arguments.backbone, "resize": 256, "crop": 224, "bf16": True},
-            data=load_images(arguments.data, classes=arguments.classes).describe(),
+            data=data,
             seed=0,
             notes=(
                 "Percent; query = gallery, all pairs. Mean: cosine of the mean of the same nodes.",

@@ -197,9 +197,11 @@ def measure(size: str, arguments: argparse.Namespace) -> Iterator[dict[str, obje
                 continue
             try:
                 fastest[name, threads] = min(fastest[name, threads], timed(run))
-            except RuntimeError as error:
-                # Of others' solvers: on some machines and in some releases one fails at a size.
-                print(f"{size}: {name} left out, it failed: {error}", file=sys.stderr)
+            except RuntimeError as failure:
+                if name != "qpth":
+                    raise
+                # It fails at some sizes, inside torch's lu_solve, with some releases of torch.
+                print(f"{size}: {name} left out, it failed: {failure}", file=sys.stderr)
                 failed.add(name)
     for name, count in counts.items():
         if not count or name in failed:

@@ -1,7 +1,7 @@
 """Depthwise convolutions of a trunk that is trained on a CPU in bfloat16.
 
 oneDNN has no fast bfloat16 code for two of their gradients: that of the images where the stride is
-above 1, and that of kernels of 5 x 5. In float32 both are 4 to 5 times as fast; with that a whole
+above 1, and that of kernels of 5 x 5. In float32 both are 3 to 5 times as fast; with that a whole
 step of EfficientNet-Lite0 takes .6 of the time. The result is the same up to bfloat16's rounding.
 """
 

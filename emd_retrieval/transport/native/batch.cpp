@@ -52,8 +52,8 @@ double nanoseconds_for(int suppliers, int demanders) {
 
 constexpr double kTurn = 100e3;       // nanoseconds of work between two looks at the shared counter
 constexpr int64_t kCandidatesALook = 256;
-// Nanoseconds of work that pay for a thread. Starting one takes a tenth of that; but torch's own threads
-// wait, busy, for milliseconds after their last work, and ours then takes turns with one of them.
+// Nanoseconds of work that pay for a thread. Right after work of torch's a second thread made batches of
+// half a millisecond slower, it seems because torch's own threads still wait, busy, for more of it.
 constexpr double kThreadWorth = 400e3;
 
 constexpr std::chrono::milliseconds kLook{50};  // between two looks at whether to go on
